@@ -1,0 +1,9805 @@
+"""A task queue, result store and event log in one SQLite file.
+
+`omniq_sqlite` turns an SQLite file into a task queue that any number of
+processes, threads and event loops share. There is no server and no broker;
+the dependencies are `aiosqlite` and `anyio`. Vendor it by copying this file.
+
+    >>> import tempfile
+    >>> folder = tempfile.TemporaryDirectory()
+    >>> tasks = TaskRegistry()
+    >>> @tasks.register(max_attempts=5)
+    ... def add(a: int, b: int) -> int:
+    ...     return a + b
+    >>> with SQLiteBackend(folder.name + "/jobs.db") as backend:
+    ...     task_id = backend.enqueue(add.task(2, b=3))
+    ...     Worker(backend, tasks).run(until_empty=True, signals=False)
+    ...     backend.result(task_id).value
+    5
+    >>> folder.cleanup()
+
+What it guarantees:
+
+- What was acknowledged is durable (`synchronous="FULL"` is the default).
+- Delivery is at least once. A task is handed to one claim at a time; a claim
+  that was lost cannot complete, fail or extend the task (`LeaseLostError`).
+- A write waits for other writers, fairly, for at most `busy_timeout` seconds.
+  Reads wait for no writer.
+- Ctrl-C, cancellation, `fork` and exit without `close()` lose nothing and
+  hang nothing.
+
+What it does not do: several machines on one file (WAL needs shared memory, so
+network file systems are refused), exactly-once execution (nothing can), and
+isolation of task code (functions run in the worker's process).
+
+Each class exists twice: `AsyncSQLiteQueue` is for `await`, its twin
+`SQLiteQueue` blocks; names, parameters and meaning are the same.
+
+The file from top to bottom: Defaults, Errors, Data model, Interfaces, SQL,
+Serialization and time, Connection, Queue, Results, Events, Blocking twins,
+Backend, Worker, Command line. Nothing is used before it is defined.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import atexit
+import base64
+import collections
+import contextlib
+import contextvars
+import copy
+import functools
+import hashlib
+import importlib
+import importlib.metadata
+import inspect
+import io
+import itertools
+import json
+import logging
+import math
+import mimetypes
+import os
+import pickle
+import queue
+import random
+import shlex
+import shutil
+import signal
+import socket
+import sqlite3
+import stat
+import subprocess
+import sys
+import threading
+import time
+import traceback
+import unicodedata
+import urllib.parse
+import weakref
+from collections import deque
+from collections.abc import (
+    AsyncIterator,
+    Callable,
+    Coroutine,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
+from contextlib import AbstractAsyncContextManager, AbstractContextManager
+from dataclasses import KW_ONLY, dataclass, field, fields, replace
+from datetime import date, datetime, timedelta, timezone
+from datetime import time as time_of_day
+from decimal import Decimal
+from enum import StrEnum
+from functools import partial
+from pathlib import Path
+from types import FrameType
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    Generic,
+    ParamSpec,
+    Protocol,
+    Self,
+    TypedDict,
+    TypeVar,
+    Unpack,
+    cast,
+    overload,
+)
+from uuid import UUID
+
+import aiosqlite
+import anyio
+import anyio.from_thread
+import anyio.lowlevel
+import anyio.to_thread
+
+if TYPE_CHECKING:
+    from multiprocessing.connection import Connection
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AsyncBackend",
+    "AsyncEventFollower",
+    "AsyncEventStorage",
+    "AsyncResultStorage",
+    "AsyncSQLiteBackend",
+    "AsyncSQLiteEventStorage",
+    "AsyncSQLiteQueue",
+    "AsyncSQLiteResultStorage",
+    "AsyncTaskQueue",
+    "AsyncWorker",
+    "Backend",
+    "CorruptDatabaseError",
+    "DatabaseAccessError",
+    "DatabaseBusyError",
+    "DatabaseFullError",
+    "DatabaseReplacedError",
+    "DuplicateTaskError",
+    "EventFollower",
+    "EventStorage",
+    "EventType",
+    "Finding",
+    "JSONSerializer",
+    "LeaseLostError",
+    "NetworkFilesystemError",
+    "OmniQError",
+    "QueueStats",
+    "ReadOnlyDatabaseError",
+    "Reject",
+    "ResultStatus",
+    "ResultStorage",
+    "Retry",
+    "SQLiteBackend",
+    "SQLiteEventStorage",
+    "SQLiteQueue",
+    "SQLiteResultStorage",
+    "SchemaVersionError",
+    "SerializationError",
+    "Serializer",
+    "StorageClosedError",
+    "Task",
+    "TaskEvent",
+    "TaskNotFoundError",
+    "TaskQueue",
+    "TaskRegistry",
+    "TaskResult",
+    "TaskStatus",
+    "TaskTimeout",
+    "UnknownTaskError",
+    "UnsupportedSQLiteError",
+    "Worker",
+    "WorkerInfo",
+    "current_task",
+    "main",
+    "new_id",
+    "progress",
+]
+
+T = TypeVar("T")
+P = ParamSpec("P")
+
+
+# =============================================================================
+# Defaults
+# =============================================================================
+
+DEFAULT_BUSY_TIMEOUT = 30.0
+"""Seconds that a write waits for other writers."""
+
+DEFAULT_LEASE = 60.0
+"""Seconds that a claim lasts unless it is extended."""
+
+DEFAULT_RESULT_TTL = 7 * 86_400.0
+"""Seconds that a result is kept."""
+
+DEFAULT_EVENT_RETENTION = 30 * 86_400.0
+"""Seconds that an event is kept; `cleanup()` deletes older ones."""
+
+DEFAULT_READERS = 4
+"""Read connections of one object at the most; opened when first needed."""
+
+POLL_INTERVAL = 0.003
+"""Seconds between two looks for other processes' commits while waiting."""
+
+MAX_RETRY_DELAY = 3600.0
+"""Seconds between two attempts at the most."""
+
+MAX_ERROR_LENGTH = 4_000
+"""Characters of an error text that are kept with a task."""
+
+logger = logging.getLogger("omniq_sqlite")
+logger.addHandler(logging.NullHandler())
+
+
+# =============================================================================
+# Errors
+# =============================================================================
+#
+# One class per thing that a caller can do something about. Each builds its
+# message from facts, keeps them as attributes and survives pickling, and each
+# also is the built-in exception that a caller would expect in its place.
+
+
+class OmniQError(Exception):
+    """Something went wrong in the queue; the base of every error here."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Exceptions pickle as `cls(*args)`, but `args` is the message here.
+        return _restore_error, (type(self), self.args, self.__dict__)
+
+
+def _restore_error(
+    cls: type[OmniQError], args: tuple[Any, ...], facts: dict[str, Any]
+) -> OmniQError:
+    error = cls.__new__(cls)
+    error.args = args
+    error.__dict__.update(facts)
+    return error
+
+
+class StorageClosedError(OmniQError, RuntimeError):
+    """The object was closed; make a new one.
+
+    Also raised in a child that was forked in the middle of an operation of the
+    forking thread (a signal handler that forks): make a new object there.
+    """
+
+    def __init__(self, path: str, reason: str = "it was closed") -> None:
+        self.path = path
+        super().__init__(f"storage on {path!r} cannot be used: {reason}")
+
+
+class DatabaseBusyError(OmniQError, TimeoutError):
+    """Another writer held the file too long; nothing was changed, try again.
+
+    Raise `busy_timeout`, or shorten the transactions of whoever holds it.
+    """
+
+    def __init__(self, path: str, waited: float, detail: str = "") -> None:
+        self.path = path
+        self.waited = waited
+        super().__init__(
+            f"database {path!r} is in use by another writer (waited {waited:.1f} s)"
+            + (f": {detail}" if detail else "")
+        )
+
+
+class DatabaseFullError(OmniQError, OSError):
+    """The disk or a quota is full; nothing was changed. Free space, try again."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        super().__init__(
+            f"no space left for database {path!r}; free some and try again"
+        )
+
+
+class ReadOnlyDatabaseError(OmniQError, PermissionError):
+    """The file or its folder cannot be written. Mend the permissions."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        super().__init__(
+            f"database {path!r} is read-only; the file and its folder must be writable"
+        )
+
+
+class CorruptDatabaseError(OmniQError):
+    """The file is damaged or not a database. Restore a backup; keep a copy."""
+
+    def __init__(self, path: str, detail: str) -> None:
+        self.path = path
+        self.detail = detail
+        super().__init__(
+            f"file {path!r} is damaged or not an SQLite database: {detail}"
+        )
+
+
+class DatabaseReplacedError(OmniQError):
+    """The file was deleted or replaced under the open object.
+
+    Nothing that this call wrote is in the file of that name. Put the file back,
+    or close the object and open a new one.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        super().__init__(f"database {path!r} was deleted or replaced while it was open")
+
+
+class DatabaseAccessError(OmniQError, OSError):
+    """The operating system refused to open, read or write the file."""
+
+    def __init__(self, path: str, detail: str) -> None:
+        self.path = path
+        self.detail = detail
+        super().__init__(f"cannot use database {path!r}: {detail}")
+
+
+class SchemaVersionError(OmniQError):
+    """The tables were written by a newer version, or are not OmniQ's.
+
+    Update this module, or choose another file.
+    """
+
+    def __init__(self, path: str, component: str, detail: str) -> None:
+        self.path = path
+        self.component = component
+        self.detail = detail
+        super().__init__(
+            f"database {path!r} has {component} tables that cannot be used: {detail}"
+        )
+
+
+class UnsupportedSQLiteError(OmniQError, RuntimeError):
+    """The SQLite library is too old. Use a Python that is linked to a newer one."""
+
+    def __init__(self, found: str, needed: str) -> None:
+        self.found = found
+        self.needed = needed
+        super().__init__(f"SQLite {found} is too old: {needed} or newer is needed")
+
+
+class NetworkFilesystemError(OmniQError, OSError):
+    """The file is on a network file system, where WAL corrupts databases.
+
+    Move it to a local disk. If the mount was misread, pass
+    `allow_network_fs=True`. See https://sqlite.org/wal.html (Overview).
+    """
+
+    def __init__(self, path: str, filesystem: str) -> None:
+        self.path = path
+        self.filesystem = filesystem
+        super().__init__(
+            f"database {path!r} is on a network file system ({filesystem}); move it to"
+            " a local disk, or pass allow_network_fs=True if that is wrong"
+        )
+
+
+class SerializationError(OmniQError, ValueError):
+    """A value cannot be stored so that it comes back equal.
+
+    Convert it first, or pass a `serializer=`.
+    """
+
+    def __init__(self, where: str, detail: str) -> None:
+        self.where = where
+        self.detail = detail
+        super().__init__(f"cannot serialize {where}: {detail}")
+
+
+class TaskNotFoundError(OmniQError, LookupError):
+    """There is no such task, or nothing of it is left."""
+
+    def __init__(self, task_id: str) -> None:
+        self.task_id = task_id
+        super().__init__(f"there is no task {task_id!r} and no result of it")
+
+
+class DuplicateTaskError(OmniQError, ValueError):
+    """A task with this id exists, or its `unique_key` is held by another."""
+
+    def __init__(self, task_id: str, unique_key: str | None = None) -> None:
+        self.task_id = task_id
+        self.unique_key = unique_key
+        super().__init__(
+            f"a task with id {task_id!r} exists already"
+            if unique_key is None
+            else f"task {task_id!r}: its unique_key {unique_key!r} is held by another"
+        )
+
+
+class LeaseLostError(OmniQError):
+    """The claim is no longer yours: claimed again, cancelled or settled.
+
+    Nothing was changed for `task_ids`. Stop working on them.
+    """
+
+    def __init__(self, task_ids: Sequence[str]) -> None:
+        self.task_ids = list(task_ids)
+        shown = ", ".join(self.task_ids[:3])
+        more = f" and {len(self.task_ids) - 3} more" if len(self.task_ids) > 3 else ""
+        super().__init__(f"the lease is lost for task {shown}{more}")
+
+
+class TaskTimeout(OmniQError, TimeoutError):
+    """A task ran longer than its `timeout`; raised inside a plain function."""
+
+    def __init__(self, task_id: str = "", timeout: float = 0.0) -> None:
+        self.task_id = task_id
+        self.timeout = timeout
+        super().__init__(f"task {task_id!r} ran longer than its timeout of {timeout} s")
+
+
+class UnknownTaskError(OmniQError, LookupError):
+    """The worker has no function of that name. Register it, or mend the name."""
+
+    def __init__(self, func: str) -> None:
+        self.func = func
+        super().__init__(f"no function is registered under the name {func!r}")
+
+
+# =============================================================================
+# Data model
+# =============================================================================
+
+
+class TaskStatus(StrEnum):
+    """Where a task stands."""
+
+    SCHEDULED = "scheduled"  # waits for its time: delayed, or between attempts
+    PENDING = "pending"  # can be claimed
+    RUNNING = "running"  # claimed, under a lease
+    COMPLETED = "completed"  # done; kept only with `retention`
+    FAILED = "failed"  # out of attempts or rejected: a dead letter
+    CANCELLED = "cancelled"
+    EXPIRED = "expired"  # not started by its `expires_at`
+
+
+class ResultStatus(StrEnum):
+    """How a task ended."""
+
+    SUCCESS = "success"
+    ERROR = "error"
+    CANCELLED = "cancelled"
+
+
+class EventType(StrEnum):
+    """What happened to a task. A user's own events may have any other type."""
+
+    ENQUEUED = "enqueued"
+    DEQUEUED = "dequeued"
+    COMPLETED = "completed"
+    FAILED = "failed"
+    RETRY = "retry"  # failed, and runs again later; or retried by hand
+    RELEASED = "released"  # given back unharmed
+    CANCELLED = "cancelled"
+    EXPIRED = "expired"
+    LEASE_LOST = "lease_lost"  # its lease ended or its worker died
+
+
+LIVE_STATUSES = (TaskStatus.SCHEDULED, TaskStatus.PENDING, TaskStatus.RUNNING)
+FINAL_STATUSES = (
+    TaskStatus.COMPLETED,
+    TaskStatus.FAILED,
+    TaskStatus.CANCELLED,
+    TaskStatus.EXPIRED,
+)
+
+_MAX_INTEGER = 2**63 - 1
+
+
+def _check(holds: bool, name: str, rule: str, value: object) -> None:
+    if not holds:
+        raise ValueError(f"{name} must be {rule}, not {_shorten(repr(value), 100)}")
+
+
+def _check_number(
+    name: str,
+    value: object,
+    *,
+    minimum: float = 0.0,
+    maximum: float = 1e11,
+    optional: bool = False,
+) -> None:
+    """Check a duration or another float; the bound keeps dates within a year 9999."""
+    if optional and value is None:
+        return
+    fine = (
+        isinstance(value, (int, float))
+        and not isinstance(value, bool)
+        and minimum <= value <= maximum
+    )
+    rule = f"a number from {minimum:g} to {maximum:g}"
+    _check(fine, name, rule + (" or None" if optional else ""), value)
+
+
+def _check_integer(
+    name: str, value: object, *, minimum: int = 0, maximum: int = _MAX_INTEGER
+) -> None:
+    fine = (
+        isinstance(value, int)
+        and not isinstance(value, bool)
+        and minimum <= value <= maximum
+    )
+    _check(fine, name, f"an integer from {minimum} to {maximum}", value)
+
+
+def _check_text(
+    name: str, value: object, *, optional: bool = False, maximum: int = 1_000
+) -> None:
+    """Check a name or key: not empty, of bounded length, and storable as text."""
+    if optional and value is None:
+        return
+    fine = isinstance(value, str) and 0 < len(value) <= maximum and _storable(value)
+    rule = f"a string of 1 to {maximum} characters without NUL or lone surrogates"
+    _check(fine, name, rule + (" or None" if optional else ""), value)
+
+
+def _check_instant(name: str, value: object) -> None:
+    if value is None:
+        return
+    fine = isinstance(value, datetime) and value.utcoffset() is not None
+    _check(fine, name, "an aware datetime (with tzinfo) or None", value)
+
+
+def _check_choice(name: str, value: object, choices: type[StrEnum]) -> None:
+    if value is None:
+        return
+    listed = ", ".join(choices)
+    _check(
+        isinstance(value, str) and value in list(choices),
+        name,
+        f"one of {listed}",
+        value,
+    )
+
+
+def _storable(text: str) -> bool:
+    if text.isascii():
+        return "\0" not in text
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return "\0" not in text
+
+
+def _shorten(text: str, maximum: int) -> str:
+    return text if len(text) <= maximum else text[: maximum - 1] + "…"
+
+
+def _clean_text(text: str, maximum: int = MAX_ERROR_LENGTH) -> str:
+    """Return `text` as it can be stored: shortened, NUL and surrogates replaced."""
+    text = _shorten(text, maximum)
+    if _storable(text):
+        return text
+    return (
+        text.replace("\0", "\N{REPLACEMENT CHARACTER}")
+        .encode(errors="replace")
+        .decode()
+    )
+
+
+_id_lock = threading.Lock()
+_last_id = 0
+
+
+def new_id() -> str:
+    """Return a new UUID version 7 as 32 hex digits; ids of a process ascend.
+
+    Time in milliseconds, then a counter that starts at random in each one, then
+    random bits (RFC 9562, section 6.2, method 1). A clock that steps back does
+    not make ids descend: they go on from the last one.
+    """
+    global _last_id
+    random_bits = int.from_bytes(os.urandom(10))
+    candidate = (time.time_ns() // 1_000_000) << 74 | random_bits >> 6
+    with _id_lock:
+        # The 74 bits below the time: on a tie or a step back, add a random
+        # stride to the upper ones, so that ids of one process cannot be guessed.
+        if candidate <= _last_id:
+            candidate = _last_id + (random_bits & 0xFFFF_FFFF) + 1
+        _last_id = candidate
+    milliseconds, rest = candidate >> 74, candidate & (1 << 74) - 1
+    high, low = rest >> 62, rest & (1 << 62) - 1
+    return f"{milliseconds << 80 | 7 << 76 | high << 64 | 2 << 62 | low:032x}"
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """A call to be made: the name of a function, its arguments and its terms.
+
+    `func` is a name that the worker's `TaskRegistry` knows; nothing is imported.
+    `priority`: higher first; within one, first in first out. `run_at` and
+    `expires_at` are aware datetimes. `retry_delay`: seconds before the first
+    retry, doubled at each further one, at most an hour. `timeout`: seconds, or
+    `None` for no limit. `max_attempts=1` is at most once. `unique_key`: while a
+    task of this key is live in this queue, another one is not added.
+
+    The fields after `id` are set by the queue and ignored on enqueue.
+
+    Raises: `ValueError` naming the parameter, the rule and the value.
+    """
+
+    func: str
+    args: tuple[Any, ...] = ()
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+    _: KW_ONLY
+    queue: str = "default"
+    priority: int = 0
+    run_at: datetime | None = None
+    expires_at: datetime | None = None
+    max_attempts: int = 3
+    retry_delay: float = 1.0
+    timeout: float | None = None
+    unique_key: str | None = None
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+    id: str = field(default_factory=new_id)
+
+    status: TaskStatus | None = None
+    attempt: int = 0
+    """The number of this run, 1 at the first; 0 before it."""
+    created_at: datetime | None = None
+    started_at: datetime | None = None
+    """When the present or last claim was made."""
+    finished_at: datetime | None = None
+    lease_until: datetime | None = None
+    lease_id: str | None = None
+    worker: str | None = None
+    error: str | None = None
+    """Why the last attempt failed."""
+    progress: Any = None
+    claims: int = 0
+    """How often it was claimed, `retry()` or not; orders results."""
+
+    def __post_init__(self) -> None:
+        _check_text("func", self.func)
+        _check(isinstance(self.args, (tuple, list)), "args", "a tuple", self.args)
+        _check(isinstance(self.kwargs, Mapping), "kwargs", "a mapping", self.kwargs)
+        _check_text("queue", self.queue)
+        _check_integer("priority", self.priority, minimum=-_MAX_INTEGER)
+        _check_instant("run_at", self.run_at)
+        _check_instant("expires_at", self.expires_at)
+        _check_integer("max_attempts", self.max_attempts, minimum=1)
+        _check_number("retry_delay", self.retry_delay)
+        _check_number("timeout", self.timeout, minimum=1e-6, optional=True)
+        _check_text("unique_key", self.unique_key, optional=True)
+        _check(
+            isinstance(self.metadata, Mapping), "metadata", "a mapping", self.metadata
+        )
+        _check_text("id", self.id)
+        if type(self.args) is not tuple:
+            object.__setattr__(self, "args", tuple(self.args))
+
+    def __hash__(self) -> int:
+        return hash(self.id)
+
+
+@dataclass(frozen=True, slots=True)
+class TaskResult:
+    """How a task ended: its value or its error.
+
+    `claim` is the `Task.claims` of the claim that made it: a result of an older
+    claim never replaces a newer one's.
+    """
+
+    task_id: str
+    status: ResultStatus
+    value: Any = None
+    error: str | None = None
+    error_type: str | None = None
+    traceback: str | None = None
+    started_at: datetime | None = None
+    finished_at: datetime | None = None
+    worker: str | None = None
+    attempt: int | None = None
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+    claim: int | None = None
+
+    def __post_init__(self) -> None:
+        _check_text("task_id", self.task_id)
+        _check_choice("status", self.status, ResultStatus)
+        object.__setattr__(self, "status", ResultStatus(self.status))
+        _check_instant("started_at", self.started_at)
+        _check_instant("finished_at", self.finished_at)
+        _check_text("worker", self.worker, optional=True)
+        for name in ("attempt", "claim"):
+            if getattr(self, name) is not None:
+                _check_integer(name, getattr(self, name))
+        _check(
+            isinstance(self.metadata, Mapping), "metadata", "a mapping", self.metadata
+        )
+
+    def __hash__(self) -> int:
+        return hash(self.task_id)
+
+
+def _now() -> datetime:
+    return datetime.now(timezone.utc)
+
+
+@dataclass(frozen=True, slots=True)
+class TaskEvent:
+    """Something that happened, to a task or not. `id` is set by the storage.
+
+    `id` is an opaque cursor: good for `after=`, never used twice.
+    """
+
+    type: str
+    task_id: str | None = None
+    queue: str | None = None
+    message: str = ""
+    details: Mapping[str, Any] = field(default_factory=dict)
+    worker: str | None = None
+    at: datetime = field(default_factory=_now)
+    id: str | None = None
+
+    def __post_init__(self) -> None:
+        _check_text("type", self.type)
+        _check_text("task_id", self.task_id, optional=True)
+        _check_text("queue", self.queue, optional=True)
+        _check(isinstance(self.message, str), "message", "a string", self.message)
+        _check(isinstance(self.details, Mapping), "details", "a mapping", self.details)
+        _check_text("worker", self.worker, optional=True)
+        _check(self.at is not None, "at", "an aware datetime", self.at)
+        _check_instant("at", self.at)
+        if self.type in list(EventType):
+            object.__setattr__(self, "type", EventType(self.type))
+
+    def __hash__(self) -> int:
+        return hash((self.id, self.type, self.task_id, self.at))
+
+
+@dataclass(frozen=True, slots=True)
+class QueueStats:
+    """How many tasks of one queue are in each status."""
+
+    queue: str
+    scheduled: int = 0
+    pending: int = 0
+    running: int = 0
+    completed: int = 0
+    failed: int = 0
+    cancelled: int = 0
+    expired: int = 0
+    paused: bool = False
+    oldest_pending_at: datetime | None = None
+    """When the oldest task that waits for a worker was enqueued."""
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerInfo:
+    """A consumer that gave its name to `dequeue`, as last seen."""
+
+    name: str
+    host: str
+    pid: int
+    queues: tuple[str, ...]
+    started_at: datetime
+    seen_at: datetime
+    """Updated by its claims, waits and heartbeats, every ten seconds or so."""
+    running: int = 0
+    """Tasks that it holds."""
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """Something that `check()` found: `severity` is "warning" or "error"."""
+
+    check: str
+    severity: str
+    message: str
+
+
+# =============================================================================
+# Interfaces
+# =============================================================================
+#
+# What a worker and a backend rely on. Another engine that has these methods can
+# stand in for the SQLite one; parameters mean what the classes below say.
+
+QueueNames = str | Sequence[str]
+
+
+class AsyncTaskQueue(Protocol):
+    """A task queue; `AsyncSQLiteQueue` documents each method."""
+
+    async def enqueue(self, task: Task, *, delay: float = 0.0) -> str: ...
+    async def enqueue_many(self, tasks: Iterable[Task]) -> list[str]: ...
+    async def dequeue(
+        self,
+        queues: QueueNames = "default",
+        *,
+        timeout: float | None = 0.0,
+        lease: float = DEFAULT_LEASE,
+        worker: str | None = None,
+    ) -> Task | None: ...
+    async def dequeue_many(
+        self,
+        limit: int,
+        queues: QueueNames = "default",
+        *,
+        timeout: float | None = 0.0,
+        lease: float = DEFAULT_LEASE,
+        worker: str | None = None,
+    ) -> list[Task]: ...
+    async def complete(self, task: Task) -> None: ...
+    async def complete_many(self, tasks: Iterable[Task]) -> None: ...
+    async def fail(
+        self,
+        task: Task,
+        error: str | BaseException,
+        *,
+        retry: bool = True,
+        delay: float | None = None,
+    ) -> TaskStatus: ...
+    async def release(self, task: Task, *, delay: float = 0.0) -> None: ...
+    async def extend(
+        self, task: Task, lease: float = DEFAULT_LEASE, *, progress: Any = None
+    ) -> Task: ...
+    async def reclaim(self, worker: str) -> int: ...
+    async def cancel(self, task_id: str) -> bool: ...
+    async def retry(self, task_id: str) -> bool: ...
+    async def get_task(self, task_id: str) -> Task | None: ...
+    async def list_tasks(
+        self,
+        *,
+        queue: str | None = None,
+        status: str | None = None,
+        func: str | None = None,
+        unique_key: str | None = None,
+        limit: int = 100,
+        offset: int = 0,
+    ) -> list[Task]: ...
+    async def count_tasks(
+        self, *, queue: str | None = None, status: str | None = None
+    ) -> int: ...
+    async def stats(self) -> list[QueueStats]: ...
+    async def list_queues(self) -> list[str]: ...
+    async def list_workers(self) -> list[WorkerInfo]: ...
+    async def pause(self, queue: str) -> None: ...
+    async def resume(self, queue: str) -> None: ...
+    async def cancel_all(
+        self,
+        *,
+        queue: str | None = None,
+        func: str | None = None,
+        status: str | None = None,
+    ) -> int: ...
+    async def retry_all(
+        self, *, queue: str | None = None, func: str | None = None
+    ) -> int: ...
+    async def purge(
+        self,
+        *,
+        queue: str | None = None,
+        status: str | None = None,
+        older_than: float | None = None,
+    ) -> int: ...
+    async def close(self) -> None: ...
+
+
+class AsyncResultStorage(Protocol):
+    """A result store; `AsyncSQLiteResultStorage` documents each method."""
+
+    async def store(self, result: TaskResult, *, ttl: float | None = None) -> None: ...
+    async def store_many(self, results: Iterable[TaskResult]) -> None: ...
+    async def get(self, task_id: str) -> TaskResult | None: ...
+    async def get_many(self, ids: Iterable[str]) -> dict[str, TaskResult]: ...
+    async def wait(
+        self, task_id: str, *, timeout: float | None = None
+    ) -> TaskResult: ...
+    async def delete(self, task_id: str) -> bool: ...
+    async def list_results(
+        self, *, status: str | None = None, limit: int = 100, offset: int = 0
+    ) -> list[TaskResult]: ...
+    async def purge(self, *, older_than: float | None = None) -> int: ...
+    async def close(self) -> None: ...
+
+
+class AsyncEventStorage(Protocol):
+    """An event log; `AsyncSQLiteEventStorage` documents each method."""
+
+    async def log(self, event: TaskEvent) -> None: ...
+    async def log_many(self, events: Iterable[TaskEvent]) -> None: ...
+    async def query(
+        self,
+        *,
+        task_id: str | None = None,
+        queue: str | None = None,
+        type: str | None = None,
+        since: datetime | None = None,
+        until: datetime | None = None,
+        after: str | None = None,
+        limit: int = 100,
+        newest_first: bool = False,
+    ) -> list[TaskEvent]: ...
+    async def count(
+        self,
+        *,
+        task_id: str | None = None,
+        queue: str | None = None,
+        type: str | None = None,
+        since: datetime | None = None,
+        until: datetime | None = None,
+        after: str | None = None,
+    ) -> int: ...
+    def follow(self, *, after: str | None = None) -> AsyncIterator[TaskEvent]: ...
+    async def purge(self, *, older_than: float) -> int: ...
+    async def close(self) -> None: ...
+
+
+class AsyncBackend(Protocol):
+    """Queue, results and events together; `AsyncSQLiteBackend` documents it."""
+
+    @property
+    def queue(self) -> AsyncTaskQueue: ...
+    @property
+    def results(self) -> AsyncResultStorage | None: ...
+    @property
+    def events(self) -> AsyncEventStorage | None: ...
+    async def enqueue(self, task: Task, *, delay: float = 0.0) -> str: ...
+    async def enqueue_many(self, tasks: Iterable[Task]) -> list[str]: ...
+    async def complete(
+        self, task: Task, value: Any = None, *, enqueue: Iterable[Task] = ()
+    ) -> None: ...
+    async def fail(
+        self,
+        task: Task,
+        exception: BaseException,
+        *,
+        retry: bool = True,
+        delay: float | None = None,
+    ) -> TaskStatus: ...
+    async def status(self, task_id: str) -> TaskStatus | None: ...
+    async def result(
+        self, task_id: str, *, timeout: float | None = None
+    ) -> TaskResult: ...
+    async def cleanup(self) -> dict[str, int]: ...
+    async def close(self) -> None: ...
+
+
+class TaskQueue(Protocol):
+    """A task queue; `SQLiteQueue` documents each method."""
+
+    def enqueue(self, task: Task, *, delay: float = 0.0) -> str: ...
+    def enqueue_many(self, tasks: Iterable[Task]) -> list[str]: ...
+    def dequeue(
+        self,
+        queues: QueueNames = "default",
+        *,
+        timeout: float | None = 0.0,
+        lease: float = DEFAULT_LEASE,
+        worker: str | None = None,
+    ) -> Task | None: ...
+    def dequeue_many(
+        self,
+        limit: int,
+        queues: QueueNames = "default",
+        *,
+        timeout: float | None = 0.0,
+        lease: float = DEFAULT_LEASE,
+        worker: str | None = None,
+    ) -> list[Task]: ...
+    def complete(self, task: Task) -> None: ...
+    def complete_many(self, tasks: Iterable[Task]) -> None: ...
+    def fail(
+        self,
+        task: Task,
+        error: str | BaseException,
+        *,
+        retry: bool = True,
+        delay: float | None = None,
+    ) -> TaskStatus: ...
+    def release(self, task: Task, *, delay: float = 0.0) -> None: ...
+    def extend(
+        self, task: Task, lease: float = DEFAULT_LEASE, *, progress: Any = None
+    ) -> Task: ...
+    def reclaim(self, worker: str) -> int: ...
+    def cancel(self, task_id: str) -> bool: ...
+    def retry(self, task_id: str) -> bool: ...
+    def get_task(self, task_id: str) -> Task | None: ...
+    def list_tasks(
+        self,
+        *,
+        queue: str | None = None,
+        status: str | None = None,
+        func: str | None = None,
+        unique_key: str | None = None,
+        limit: int = 100,
+        offset: int = 0,
+    ) -> list[Task]: ...
+    def count_tasks(
+        self, *, queue: str | None = None, status: str | None = None
+    ) -> int: ...
+    def stats(self) -> list[QueueStats]: ...
+    def list_queues(self) -> list[str]: ...
+    def list_workers(self) -> list[WorkerInfo]: ...
+    def pause(self, queue: str) -> None: ...
+    def resume(self, queue: str) -> None: ...
+    def cancel_all(
+        self,
+        *,
+        queue: str | None = None,
+        func: str | None = None,
+        status: str | None = None,
+    ) -> int: ...
+    def retry_all(
+        self, *, queue: str | None = None, func: str | None = None
+    ) -> int: ...
+    def purge(
+        self,
+        *,
+        queue: str | None = None,
+        status: str | None = None,
+        older_than: float | None = None,
+    ) -> int: ...
+    def close(self) -> None: ...
+
+
+class ResultStorage(Protocol):
+    """A result store; `SQLiteResultStorage` documents each method."""
+
+    def store(self, result: TaskResult, *, ttl: float | None = None) -> None: ...
+    def store_many(self, results: Iterable[TaskResult]) -> None: ...
+    def get(self, task_id: str) -> TaskResult | None: ...
+    def get_many(self, ids: Iterable[str]) -> dict[str, TaskResult]: ...
+    def wait(self, task_id: str, *, timeout: float | None = None) -> TaskResult: ...
+    def delete(self, task_id: str) -> bool: ...
+    def list_results(
+        self, *, status: str | None = None, limit: int = 100, offset: int = 0
+    ) -> list[TaskResult]: ...
+    def purge(self, *, older_than: float | None = None) -> int: ...
+    def close(self) -> None: ...
+
+
+class EventStorage(Protocol):
+    """An event log; `SQLiteEventStorage` documents each method."""
+
+    def log(self, event: TaskEvent) -> None: ...
+    def log_many(self, events: Iterable[TaskEvent]) -> None: ...
+    def query(
+        self,
+        *,
+        task_id: str | None = None,
+        queue: str | None = None,
+        type: str | None = None,
+        since: datetime | None = None,
+        until: datetime | None = None,
+        after: str | None = None,
+        limit: int = 100,
+        newest_first: bool = False,
+    ) -> list[TaskEvent]: ...
+    def count(
+        self,
+        *,
+        task_id: str | None = None,
+        queue: str | None = None,
+        type: str | None = None,
+        since: datetime | None = None,
+        until: datetime | None = None,
+        after: str | None = None,
+    ) -> int: ...
+    def follow(self, *, after: str | None = None) -> Iterator[TaskEvent]: ...
+    def purge(self, *, older_than: float) -> int: ...
+    def close(self) -> None: ...
+
+
+class Backend(Protocol):
+    """Queue, results and events together; `SQLiteBackend` documents it."""
+
+    @property
+    def queue(self) -> TaskQueue: ...
+    @property
+    def results(self) -> ResultStorage | None: ...
+    @property
+    def events(self) -> EventStorage | None: ...
+    def enqueue(self, task: Task, *, delay: float = 0.0) -> str: ...
+    def enqueue_many(self, tasks: Iterable[Task]) -> list[str]: ...
+    def complete(
+        self, task: Task, value: Any = None, *, enqueue: Iterable[Task] = ()
+    ) -> None: ...
+    def fail(
+        self,
+        task: Task,
+        exception: BaseException,
+        *,
+        retry: bool = True,
+        delay: float | None = None,
+    ) -> TaskStatus: ...
+    def status(self, task_id: str) -> TaskStatus | None: ...
+    def result(self, task_id: str, *, timeout: float | None = None) -> TaskResult: ...
+    def cleanup(self) -> dict[str, int]: ...
+    def close(self) -> None: ...
+
+
+# =============================================================================
+# SQL
+# =============================================================================
+#
+# Every statement stands here and can be pasted into the `sqlite3` shell. Values
+# are always parameters; a list travels as a JSON array through `json_each`.
+# Tables are named with `main.`, because a temporary table of the application
+# could shadow ours (https://sqlite.org/lang_naming.html). Instants are REAL unix
+# seconds; a NULL one means "never" or "not yet".
+
+CREATE_SCHEMA_TABLE = """
+-- schema: which components live in this file, and in which version
+CREATE TABLE IF NOT EXISTS main.omniq_schema (
+    component TEXT NOT NULL PRIMARY KEY,   -- 'queue', 'results' or 'events'
+    version   INTEGER NOT NULL
+) STRICT
+"""
+
+SELECT_SCHEMA = """
+-- schema: the versions in this file
+SELECT CAST(component AS BLOB), version
+FROM main.omniq_schema
+"""
+
+SELECT_TABLE_NAMES = """
+-- schema: tables and views of our names, whoever made them
+SELECT CAST(name AS BLOB)
+FROM main.sqlite_schema
+WHERE name IN (
+    'omniq_schema', 'omniq_task', 'omniq_pause', 'omniq_worker',
+    'omniq_result', 'omniq_event'
+)
+"""
+
+UPSERT_SCHEMA = """
+-- schema: record the version of a component
+INSERT INTO main.omniq_schema (component, version)
+VALUES (:component, :version)
+ON CONFLICT (component) DO UPDATE SET version = excluded.version
+"""
+
+CREATE_TASK_TABLE = """
+-- queue: one row for each task
+CREATE TABLE main.omniq_task (
+    seq          INTEGER PRIMARY KEY,      -- order of insertion
+    id           TEXT NOT NULL,
+    queue        TEXT NOT NULL,
+    func         TEXT NOT NULL,            -- a name in the worker's registry
+    args         TEXT NOT NULL,            -- JSON array
+    kwargs       TEXT NOT NULL,            -- JSON object
+    metadata     TEXT NOT NULL,            -- JSON object
+    status       TEXT NOT NULL,
+    priority     INTEGER NOT NULL,         -- higher first
+    attempt      INTEGER NOT NULL DEFAULT 0,
+    claims       INTEGER NOT NULL DEFAULT 0,   -- never reset
+    max_attempts INTEGER NOT NULL,
+    retry_delay  REAL NOT NULL,            -- seconds
+    timeout      REAL,                     -- seconds; NULL: no limit
+    unique_key   TEXT,                     -- NULL: not deduplicated
+    created_at   REAL NOT NULL,
+    run_at       REAL,                     -- NULL: at once
+    expires_at   REAL,                     -- NULL: never
+    lease_id     TEXT,                     -- NULL: not claimed
+    lease_until  REAL,
+    worker       TEXT,                     -- who claimed it last
+    started_at   REAL,                     -- of the last claim
+    finished_at  REAL,                     -- NULL: not ended
+    keep_until   REAL,                     -- completed: deleted afterwards
+    error        TEXT,                     -- why the last attempt failed
+    progress     TEXT,                     -- JSON
+    -- When time alone changes this row; NULL: never.
+    due_at REAL GENERATED ALWAYS AS (
+        CASE status
+            WHEN 'scheduled' THEN min(run_at, coalesce(expires_at, run_at))
+            WHEN 'pending' THEN expires_at
+            WHEN 'running' THEN lease_until
+        END
+    ) VIRTUAL,
+    CONSTRAINT omniq_task_status_is_known CHECK (
+        status IN ('scheduled', 'pending', 'running', 'completed', 'failed',
+                   'cancelled', 'expired')),
+    CONSTRAINT omniq_task_running_has_lease CHECK (
+        (status = 'running') = (lease_id IS NOT NULL)
+        AND (lease_id IS NULL) = (lease_until IS NULL)),
+    CONSTRAINT omniq_task_scheduled_has_time CHECK (
+        status <> 'scheduled' OR run_at IS NOT NULL),
+    CONSTRAINT omniq_task_counts_are_sane CHECK (
+        attempt >= 0 AND claims >= 0 AND max_attempts >= 1 AND retry_delay >= 0)
+) STRICT
+"""
+
+CREATE_TASK_ID_INDEX = """
+-- queue: which task has this id?
+CREATE UNIQUE INDEX main.omniq_task_by_id ON omniq_task (id)
+"""
+
+CREATE_TASK_KEY_INDEX = """
+-- queue: which live task holds this key?
+CREATE UNIQUE INDEX main.omniq_task_by_key ON omniq_task (queue, unique_key)
+WHERE unique_key IS NOT NULL AND status IN ('scheduled', 'pending', 'running')
+"""
+
+CREATE_TASK_READY_INDEX = """
+-- queue: what is claimed next? (holds nothing but claimable rows)
+CREATE INDEX main.omniq_task_ready ON omniq_task (queue, priority DESC, seq)
+WHERE status = 'pending'
+"""
+
+CREATE_TASK_DUE_INDEX = """
+-- queue: what has its time come for?
+CREATE INDEX main.omniq_task_due ON omniq_task (queue, due_at)
+WHERE due_at IS NOT NULL
+"""
+
+CREATE_TASK_FINISHED_INDEX = """
+-- queue: what ended when?
+CREATE INDEX main.omniq_task_finished ON omniq_task (finished_at)
+WHERE finished_at IS NOT NULL
+"""
+
+CREATE_PAUSE_TABLE = """
+-- queue: the queues that hand out nothing
+CREATE TABLE main.omniq_pause (
+    queue     TEXT NOT NULL PRIMARY KEY,
+    paused_at REAL NOT NULL
+) STRICT
+"""
+
+CREATE_WORKER_TABLE = """
+-- queue: consumers that gave a name
+CREATE TABLE main.omniq_worker (
+    name       TEXT NOT NULL PRIMARY KEY,
+    host       TEXT NOT NULL,
+    pid        INTEGER NOT NULL,
+    queues     TEXT NOT NULL,              -- JSON array
+    started_at REAL NOT NULL,
+    seen_at    REAL NOT NULL
+) STRICT
+"""
+
+CREATE_TASK_VIEW = """
+-- queue: tasks with readable times, newest first
+CREATE VIEW main.omniq_task_view AS
+SELECT
+    id, queue, func, status, priority, attempt, max_attempts,
+    strftime('%Y-%m-%d %H:%M:%f', created_at, 'unixepoch') AS created,
+    strftime('%Y-%m-%d %H:%M:%f', run_at, 'unixepoch') AS run_at,
+    strftime('%Y-%m-%d %H:%M:%f', started_at, 'unixepoch') AS started,
+    strftime('%Y-%m-%d %H:%M:%f', finished_at, 'unixepoch') AS finished,
+    round(coalesce(started_at, finished_at) - created_at, 3) AS waited_seconds,
+    round(finished_at - started_at, 3) AS ran_seconds,
+    strftime('%Y-%m-%d %H:%M:%f', lease_until, 'unixepoch') AS lease_until,
+    strftime('%Y-%m-%d %H:%M:%f', expires_at, 'unixepoch') AS expires,
+    worker, unique_key, error, progress, args, kwargs, metadata
+FROM omniq_task
+ORDER BY seq DESC
+"""
+
+CREATE_RESULT_TABLE = """
+-- results: one row for each task that ended
+CREATE TABLE main.omniq_result (
+    task_id     TEXT NOT NULL PRIMARY KEY,
+    status      TEXT NOT NULL,
+    value       TEXT NOT NULL,             -- JSON
+    error       TEXT,
+    error_type  TEXT,
+    traceback   TEXT,
+    started_at  REAL,
+    finished_at REAL,
+    worker      TEXT,
+    attempt     INTEGER,
+    claim       INTEGER,                   -- the claim that made it
+    metadata    TEXT NOT NULL,             -- JSON object
+    stored_at   REAL NOT NULL,
+    expires_at  REAL,                      -- NULL: kept for ever
+    CONSTRAINT omniq_result_status_is_known CHECK (
+        status IN ('success', 'error', 'cancelled'))
+) STRICT
+"""
+
+CREATE_RESULT_EXPIRY_INDEX = """
+-- results: whose life is over?
+CREATE INDEX main.omniq_result_expiry ON omniq_result (expires_at)
+WHERE expires_at IS NOT NULL
+"""
+
+CREATE_RESULT_VIEW = """
+-- results: with readable times, newest first
+CREATE VIEW main.omniq_result_view AS
+SELECT
+    task_id, status, value, error_type, error, attempt, worker,
+    strftime('%Y-%m-%d %H:%M:%f', started_at, 'unixepoch') AS started,
+    strftime('%Y-%m-%d %H:%M:%f', finished_at, 'unixepoch') AS finished,
+    round(finished_at - started_at, 3) AS ran_seconds,
+    strftime('%Y-%m-%d %H:%M:%f', expires_at, 'unixepoch') AS expires,
+    traceback, metadata
+FROM omniq_result
+ORDER BY rowid DESC
+"""
+
+CREATE_EVENT_TABLE = """
+-- events: one row for each thing that happened; ids are never used again
+CREATE TABLE main.omniq_event (
+    event_id INTEGER PRIMARY KEY AUTOINCREMENT,
+    at       REAL NOT NULL,
+    type     TEXT NOT NULL,
+    task_id  TEXT,
+    queue    TEXT,
+    worker   TEXT,
+    message  TEXT NOT NULL,
+    details  TEXT NOT NULL                 -- JSON object
+) STRICT
+"""
+
+CREATE_EVENT_TASK_INDEX = """
+-- events: what happened to this task?
+CREATE INDEX main.omniq_event_by_task ON omniq_event (task_id, event_id)
+WHERE task_id IS NOT NULL
+"""
+
+CREATE_EVENT_TIME_INDEX = """
+-- events: what happened between two instants?
+CREATE INDEX main.omniq_event_by_time ON omniq_event (at)
+"""
+
+CREATE_EVENT_VIEW = """
+-- events: with readable times, newest first
+CREATE VIEW main.omniq_event_view AS
+SELECT
+    event_id,
+    strftime('%Y-%m-%d %H:%M:%f', at, 'unixepoch') AS at,
+    type, task_id, queue, worker, message, details
+FROM omniq_event
+ORDER BY event_id DESC
+"""
+
+# The history of each component's tables: statements that lead from version
+# n - 1 to version n. A released entry is never edited; a change is a new entry.
+MIGRATIONS: dict[str, list[tuple[str, ...]]] = {
+    "queue": [
+        (
+            CREATE_TASK_TABLE,
+            CREATE_TASK_ID_INDEX,
+            CREATE_TASK_KEY_INDEX,
+            CREATE_TASK_READY_INDEX,
+            CREATE_TASK_DUE_INDEX,
+            CREATE_TASK_FINISHED_INDEX,
+            CREATE_PAUSE_TABLE,
+            CREATE_WORKER_TABLE,
+            CREATE_TASK_VIEW,
+        )
+    ],
+    "results": [(CREATE_RESULT_TABLE, CREATE_RESULT_EXPIRY_INDEX, CREATE_RESULT_VIEW)],
+    "events": [
+        (
+            CREATE_EVENT_TABLE,
+            CREATE_EVENT_TASK_INDEX,
+            CREATE_EVENT_TIME_INDEX,
+            CREATE_EVENT_VIEW,
+        )
+    ],
+}
+
+COMPONENT_TABLE = {
+    "queue": "omniq_task",
+    "results": "omniq_result",
+    "events": "omniq_event",
+}
+
+# -- Tasks, in the order of a task's life --
+
+INSERT_TASK = """
+-- enqueue: add a task
+INSERT INTO main.omniq_task (
+    id, queue, func, args, kwargs, metadata, status, priority, max_attempts,
+    retry_delay, timeout, unique_key, created_at, run_at, expires_at
+) VALUES (
+    :id, :queue, :func, :args, :kwargs, :metadata, :status, :priority,
+    :max_attempts, :retry_delay, :timeout, :unique_key, :created_at, :run_at,
+    :expires_at
+)
+"""
+
+SELECT_KEY_HOLDER = """
+-- enqueue: the live task that holds a key, and when time changes it
+SELECT CAST(id AS BLOB), seq, due_at
+FROM main.omniq_task
+WHERE queue = :queue AND unique_key = :unique_key
+    AND status IN ('scheduled', 'pending', 'running')
+"""
+
+LOOK = """
+-- look: is a task of this queue ready, is it paused, when is one due next?
+SELECT
+    EXISTS (
+        SELECT 1 FROM main.omniq_task WHERE queue = :queue AND status = 'pending'
+    ),
+    EXISTS (SELECT 1 FROM main.omniq_pause WHERE queue = :queue),
+    (
+        SELECT due_at
+        FROM main.omniq_task
+        WHERE queue = :queue AND due_at IS NOT NULL
+        ORDER BY due_at
+        LIMIT 1
+    )
+"""
+
+SELECT_DUE = """
+-- settle: tasks of one queue whose time has come
+SELECT seq
+FROM main.omniq_task
+WHERE queue = :queue AND due_at <= :now
+ORDER BY due_at
+LIMIT :limit
+"""
+
+SELECT_BEFORE_SETTLING = """
+-- settle: what these tasks are before it
+SELECT seq, id, queue, status, worker
+FROM main.omniq_task
+WHERE seq IN (SELECT value FROM json_each(:seqs))
+"""
+
+SETTLE = """
+-- settle: end what time has ended, and free what may run
+UPDATE main.omniq_task
+SET status = CASE
+        WHEN expires_at <= :now THEN 'expired'
+        WHEN status = 'running' AND attempt >= max_attempts THEN 'failed'
+        ELSE 'pending'
+    END,
+    finished_at = CASE
+        WHEN expires_at <= :now
+            OR status = 'running' AND attempt >= max_attempts THEN :now
+    END,
+    error = CASE
+        WHEN status <> 'running' THEN error
+        WHEN attempt >= max_attempts
+            THEN 'the lease of its worker ended, and no attempts are left'
+        ELSE 'the lease of its worker ended'
+    END,
+    lease_id = NULL,
+    lease_until = NULL
+WHERE due_at <= :now AND seq IN (SELECT value FROM json_each(:seqs))
+RETURNING seq, status, error
+"""
+
+CLAIM = """
+-- claim: lease the best ready tasks of one queue
+WITH ready AS (
+    SELECT seq
+    FROM main.omniq_task
+    WHERE queue = :queue AND status = 'pending'
+        AND (expires_at IS NULL OR expires_at > :now)
+    ORDER BY priority DESC, seq
+    LIMIT :limit
+)
+UPDATE main.omniq_task
+SET status = 'running',
+    attempt = attempt + 1,
+    claims = claims + 1,
+    lease_id = :claim_id || '.' || CAST(seq AS TEXT),
+    lease_until = :lease_until,
+    worker = :worker,
+    started_at = :now,
+    progress = NULL
+WHERE status = 'pending' AND seq IN (SELECT seq FROM ready)
+    AND NOT EXISTS (SELECT 1 FROM main.omniq_pause WHERE queue = :queue)
+RETURNING
+    seq, id, queue, func, args, kwargs, metadata, status, priority, attempt,
+    claims, max_attempts, retry_delay, timeout, unique_key, created_at, run_at,
+    expires_at, lease_id, lease_until, worker, started_at, finished_at, error,
+    progress
+"""
+
+DELETE_COMPLETED = """
+-- complete: the tasks are done and go
+DELETE FROM main.omniq_task
+WHERE status = 'running'
+    AND id IN (SELECT value FROM json_each(:ids))
+    AND lease_id IN (SELECT value FROM json_each(:lease_ids))
+RETURNING id
+"""
+
+DELETE_COMPLETED_ONE = """
+-- complete: the task is done and goes
+DELETE FROM main.omniq_task
+WHERE status = 'running' AND id = :id AND lease_id = :lease_id
+RETURNING id
+"""
+
+KEEP_COMPLETED = """
+-- complete: the tasks are done and are kept for a while
+UPDATE main.omniq_task
+SET status = 'completed',
+    finished_at = :now,
+    keep_until = :keep_until,
+    lease_id = NULL,
+    lease_until = NULL,
+    error = NULL
+WHERE status = 'running'
+    AND id IN (SELECT value FROM json_each(:ids))
+    AND lease_id IN (SELECT value FROM json_each(:lease_ids))
+RETURNING id
+"""
+
+FAIL = """
+-- fail: again later while attempts remain, else a dead letter
+UPDATE main.omniq_task
+SET status = CASE
+        WHEN :retry AND attempt < max_attempts THEN 'scheduled' ELSE 'failed'
+    END,
+    run_at = CASE WHEN :retry AND attempt < max_attempts THEN :run_at ELSE run_at END,
+    finished_at = CASE WHEN :retry AND attempt < max_attempts THEN NULL ELSE :now END,
+    error = :error,
+    lease_id = NULL,
+    lease_until = NULL
+WHERE status = 'running' AND id = :id AND lease_id = :lease_id
+RETURNING status
+"""
+
+RELEASE = """
+-- release: give back unharmed, the attempt not counted
+UPDATE main.omniq_task
+SET status = CASE WHEN :run_at IS NULL THEN 'pending' ELSE 'scheduled' END,
+    run_at = coalesce(:run_at, run_at),
+    attempt = attempt - 1,
+    lease_id = NULL,
+    lease_until = NULL
+WHERE status = 'running' AND id = :id AND lease_id = :lease_id
+RETURNING id
+"""
+
+EXTEND = """
+-- extend: a new end of the lease; progress is kept where none is given
+UPDATE main.omniq_task
+SET lease_until = :lease_until,
+    progress = coalesce(:progress, progress)
+WHERE status = 'running' AND id = :id AND lease_id = :lease_id
+RETURNING id
+"""
+
+END_LEASES = """
+-- reclaim: end the leases of a worker that is gone
+UPDATE main.omniq_task
+SET lease_until = 0
+WHERE due_at IS NOT NULL AND status = 'running' AND worker = :worker
+RETURNING seq
+"""
+
+CANCEL = """
+-- cancel: a live task never runs again
+UPDATE main.omniq_task
+SET status = 'cancelled',
+    finished_at = :now,
+    lease_id = NULL,
+    lease_until = NULL
+WHERE id = :id AND status IN ('scheduled', 'pending', 'running')
+RETURNING id, queue
+"""
+
+CANCEL_ALL = """
+-- cancel all: every live task that matches never runs again
+UPDATE main.omniq_task
+SET status = 'cancelled',
+    finished_at = :now,
+    lease_id = NULL,
+    lease_until = NULL
+WHERE status IN ('scheduled', 'pending', 'running')
+    AND (:queue IS NULL OR queue = :queue)
+    AND (:func IS NULL OR func = :func)
+    AND (:status IS NULL OR status = :status)
+RETURNING id, queue
+"""
+
+SELECT_RETRYABLE = """
+-- retry: the key of a task that can run again
+SELECT queue, unique_key
+FROM main.omniq_task
+WHERE id = :id AND status IN ('failed', 'cancelled', 'expired')
+"""
+
+SELECT_ALL_RETRYABLE = """
+-- retry all: the tasks that can run again
+SELECT id
+FROM main.omniq_task
+WHERE status IN ('failed', 'cancelled', 'expired')
+    AND (:queue IS NULL OR queue = :queue)
+    AND (:func IS NULL OR func = :func)
+ORDER BY seq
+"""
+
+RETRY = """
+-- retry: runs again with fresh attempts; an expiry that has passed is dropped
+UPDATE main.omniq_task
+SET status = 'pending',
+    attempt = 0,
+    run_at = NULL,
+    finished_at = NULL,
+    progress = NULL,
+    expires_at = CASE WHEN expires_at > :now THEN expires_at END
+WHERE id = :id AND status IN ('failed', 'cancelled', 'expired')
+RETURNING id, queue
+"""
+
+SELECT_TASK = """
+-- one task
+SELECT
+    seq, id, queue, func, args, kwargs, metadata, status, priority, attempt,
+    claims, max_attempts, retry_delay, timeout, unique_key, created_at, run_at,
+    expires_at, lease_id, lease_until, worker, started_at, finished_at, error,
+    progress
+FROM main.omniq_task
+WHERE id = :id
+"""
+
+SELECT_TASKS = """
+-- tasks in order of insertion
+SELECT
+    seq, id, queue, func, args, kwargs, metadata, status, priority, attempt,
+    claims, max_attempts, retry_delay, timeout, unique_key, created_at, run_at,
+    expires_at, lease_id, lease_until, worker, started_at, finished_at, error,
+    progress
+FROM main.omniq_task
+WHERE (:queue IS NULL OR queue = :queue)
+    AND (:status IS NULL OR status = :status)
+    AND (:func IS NULL OR func = :func)
+    AND (:unique_key IS NULL OR unique_key = :unique_key)
+ORDER BY seq
+LIMIT :limit OFFSET :offset
+"""
+
+COUNT_TASKS = """
+-- how many tasks
+SELECT count(*)
+FROM main.omniq_task
+WHERE (:queue IS NULL OR queue = :queue) AND (:status IS NULL OR status = :status)
+"""
+
+SELECT_STATS = """
+-- stats: tasks by queue and status
+SELECT queue, status, count(*), min(created_at)
+FROM main.omniq_task
+GROUP BY queue, status
+"""
+
+SELECT_QUEUES = """
+-- queues that have tasks or are paused
+SELECT queue FROM main.omniq_task
+UNION
+SELECT queue FROM main.omniq_pause
+ORDER BY queue
+"""
+
+SELECT_PAUSES = """
+-- the paused queues
+SELECT queue FROM main.omniq_pause
+"""
+
+INSERT_PAUSE = """
+-- pause: the queue hands out nothing
+INSERT INTO main.omniq_pause (queue, paused_at)
+VALUES (:queue, :now)
+ON CONFLICT (queue) DO NOTHING
+"""
+
+DELETE_PAUSE = """
+-- resume: the queue hands out tasks again
+DELETE FROM main.omniq_pause WHERE queue = :queue
+"""
+
+UPSERT_WORKER = """
+-- note a worker: it was seen now
+INSERT INTO main.omniq_worker (name, host, pid, queues, started_at, seen_at)
+VALUES (:name, :host, :pid, :queues, :now, :now)
+ON CONFLICT (name) DO UPDATE
+SET host = excluded.host,
+    queues = excluded.queues,
+    started_at = CASE
+        WHEN pid = excluded.pid THEN started_at ELSE excluded.started_at
+    END,
+    pid = excluded.pid,
+    seen_at = excluded.seen_at
+"""
+
+TOUCH_WORKER = """
+-- note a worker: its heartbeat was seen now
+UPDATE main.omniq_worker SET seen_at = :now WHERE name = :name
+"""
+
+DELETE_WORKER = """
+-- forget a worker that is gone
+DELETE FROM main.omniq_worker WHERE name = :name
+"""
+
+DELETE_OLD_WORKERS = """
+-- cleanup: forget workers that were not seen for long
+DELETE FROM main.omniq_worker WHERE seen_at < :before
+"""
+
+SELECT_WORKERS = """
+-- workers, and how many tasks each one holds
+SELECT name, host, pid, queues, started_at, seen_at, (
+    SELECT count(*)
+    FROM main.omniq_task
+    WHERE due_at IS NOT NULL AND status = 'running' AND worker = name
+)
+FROM main.omniq_worker
+ORDER BY name
+"""
+
+SELECT_OVERDUE = """
+-- check: leases that ended before now, by queue
+SELECT queue, count(*)
+FROM main.omniq_task
+WHERE due_at < :before AND status = 'running'
+GROUP BY queue
+"""
+
+SELECT_DUE_QUEUES = """
+-- cleanup: the queues in which time has changed something
+SELECT DISTINCT queue FROM main.omniq_task WHERE due_at <= :now
+"""
+
+PURGE_TASKS = """
+-- purge: delete ended tasks; live ones only where their status is named
+DELETE FROM main.omniq_task
+WHERE (:queue IS NULL OR queue = :queue)
+    AND CASE
+        WHEN :status IS NULL
+            THEN status IN ('completed', 'failed', 'cancelled', 'expired')
+        ELSE status = :status
+    END
+    AND (:before IS NULL OR coalesce(finished_at, created_at) <= :before)
+RETURNING seq
+"""
+
+DELETE_KEPT = """
+-- cleanup: delete completed tasks whose retention is over
+DELETE FROM main.omniq_task
+WHERE seq IN (
+    SELECT seq FROM main.omniq_task
+    WHERE finished_at IS NOT NULL AND keep_until <= :now
+    LIMIT :limit
+)
+RETURNING seq
+"""
+
+# -- Results --
+
+UPSERT_RESULT = """
+-- store: a result of an older claim never replaces a newer one's
+INSERT INTO main.omniq_result (
+    task_id, status, value, error, error_type, traceback, started_at,
+    finished_at, worker, attempt, claim, metadata, stored_at, expires_at
+) VALUES (
+    :task_id, :status, :value, :error, :error_type, :traceback, :started_at,
+    :finished_at, :worker, :attempt, :claim, :metadata, :stored_at, :expires_at
+)
+ON CONFLICT (task_id) DO UPDATE
+SET status = excluded.status,
+    value = excluded.value,
+    error = excluded.error,
+    error_type = excluded.error_type,
+    traceback = excluded.traceback,
+    started_at = excluded.started_at,
+    finished_at = excluded.finished_at,
+    worker = excluded.worker,
+    attempt = excluded.attempt,
+    claim = excluded.claim,
+    metadata = excluded.metadata,
+    stored_at = excluded.stored_at,
+    expires_at = excluded.expires_at
+WHERE coalesce(
+    excluded.claim >= omniq_result.claim,
+    excluded.attempt >= omniq_result.attempt,
+    TRUE
+)
+"""
+
+SELECT_RESULTS_BY_ID = """
+-- get: the results of these tasks
+SELECT
+    task_id, status, value, error, error_type, traceback, started_at,
+    finished_at, worker, attempt, metadata, claim
+FROM main.omniq_result
+WHERE task_id IN (SELECT value FROM json_each(:ids))
+    AND (expires_at IS NULL OR expires_at > :now)
+"""
+
+SELECT_RESULTS = """
+-- list: results in the order in which tasks first ended
+SELECT
+    task_id, status, value, error, error_type, traceback, started_at,
+    finished_at, worker, attempt, metadata, claim
+FROM main.omniq_result
+WHERE (:status IS NULL OR status = :status)
+    AND (expires_at IS NULL OR expires_at > :now)
+ORDER BY rowid
+LIMIT :limit OFFSET :offset
+"""
+
+DELETE_RESULT = """
+-- delete: one result
+DELETE FROM main.omniq_result WHERE task_id = :task_id
+RETURNING expires_at
+"""
+
+PURGE_EXPIRED_RESULTS = """
+-- purge: results whose life is over
+DELETE FROM main.omniq_result
+WHERE rowid IN (
+    SELECT rowid FROM main.omniq_result WHERE expires_at <= :now LIMIT :limit
+)
+RETURNING rowid
+"""
+
+PURGE_OLD_RESULTS = """
+-- purge: results that were stored before an instant
+DELETE FROM main.omniq_result
+WHERE stored_at <= :before OR expires_at <= :now
+RETURNING rowid
+"""
+
+# -- Events --
+
+INSERT_EVENT = """
+-- log: one event
+INSERT INTO main.omniq_event (at, type, task_id, queue, worker, message, details)
+VALUES (:at, :type, :task_id, :queue, :worker, :message, :details)
+"""
+
+_EVENT_COLUMNS = """
+SELECT event_id, at, type, task_id, queue, worker, message, details
+"""
+
+_EVENT_FILTER = """
+    AND event_id > :after
+    AND (:queue IS NULL OR queue = :queue)
+    AND (:type IS NULL OR type = :type)
+    AND (:since IS NULL OR at >= :since)
+    AND (:until IS NULL OR at < :until)
+"""
+
+_EVENTS_BY_ID = "FROM main.omniq_event WHERE :task_id IS NULL" + _EVENT_FILTER
+_EVENTS_BY_TASK = "FROM main.omniq_event WHERE task_id = :task_id" + _EVENT_FILTER
+# The comparison with the index makes this one start at the instant; for the
+# whole log the order of ids needs no sorting.
+_EVENTS_BY_TIME = (
+    "FROM main.omniq_event WHERE at >= :since AND :task_id IS NULL" + _EVENT_FILTER
+)
+_FIRST_TO_LAST = "ORDER BY event_id LIMIT :limit"
+_LAST_TO_FIRST = "ORDER BY event_id DESC LIMIT :limit"
+
+# By (way to find them, newest first?).
+SELECT_EVENTS = {
+    ("id", False): "-- query: events" + _EVENT_COLUMNS + _EVENTS_BY_ID + _FIRST_TO_LAST,
+    ("id", True): "-- query: events" + _EVENT_COLUMNS + _EVENTS_BY_ID + _LAST_TO_FIRST,
+    ("task", False): (
+        "-- query: events of a task" + _EVENT_COLUMNS + _EVENTS_BY_TASK + _FIRST_TO_LAST
+    ),
+    ("task", True): (
+        "-- query: events of a task" + _EVENT_COLUMNS + _EVENTS_BY_TASK + _LAST_TO_FIRST
+    ),
+    ("time", False): (
+        "-- query: events since an instant"
+        + _EVENT_COLUMNS
+        + _EVENTS_BY_TIME
+        + _FIRST_TO_LAST
+    ),
+    ("time", True): (
+        "-- query: events since an instant"
+        + _EVENT_COLUMNS
+        + _EVENTS_BY_TIME
+        + _LAST_TO_FIRST
+    ),
+}
+
+COUNT_EVENTS = {
+    "id": "-- count: events\nSELECT count(*)\n" + _EVENTS_BY_ID,
+    "task": "-- count: events of a task\nSELECT count(*)\n" + _EVENTS_BY_TASK,
+    "time": "-- count: events since an instant\nSELECT count(*)\n" + _EVENTS_BY_TIME,
+}
+
+SELECT_LAST_EVENT = """
+-- follow: where the log ends now
+SELECT coalesce(max(event_id), 0) FROM main.omniq_event
+"""
+
+PURGE_EVENTS = """
+-- purge: events before an instant
+DELETE FROM main.omniq_event
+WHERE event_id IN (
+    SELECT event_id FROM main.omniq_event WHERE at < :before LIMIT :limit
+)
+RETURNING event_id
+"""
+
+
+# =============================================================================
+# Serialization and time
+# =============================================================================
+#
+# What goes in comes back equal, or is refused where it goes in. JSON has no
+# tuples, sets, bytes or dates, so these travel as objects of one key that
+# starts with a dollar sign; a dictionary that looks like one is wrapped in
+# {"$dict": …}. Decoding calls the few functions below and imports nothing.
+
+
+class Serializer(Protocol):
+    """Turns values into JSON text and back; pass one as `serializer=`."""
+
+    def dumps(self, value: Any) -> str: ...
+    def loads(self, text: str) -> Any: ...
+
+
+class _Refused(Exception):
+    """A value cannot travel; the way to it is added while unwinding."""
+
+    def __init__(self, detail: str) -> None:
+        self.detail = detail
+        self.where = ""
+
+
+_MAX_DEPTH = 200  # well below what the JSON parser can read back on any stack
+
+
+def _encode_timedelta(value: timedelta) -> list[int]:
+    return [value.days, value.seconds, value.microseconds]
+
+
+def _encode_bytes(value: bytes) -> str:
+    return base64.b64encode(value).decode()
+
+
+_ENCODERS: dict[type, tuple[str, Callable[[Any], Any]]] = {
+    bytes: ("$bytes", _encode_bytes),
+    datetime: ("$datetime", datetime.isoformat),
+    date: ("$date", date.isoformat),
+    time_of_day: ("$time", time_of_day.isoformat),
+    timedelta: ("$timedelta", _encode_timedelta),
+    Decimal: ("$decimal", str),
+    UUID: ("$uuid", str),
+    type(Path()): ("$path", str),
+}
+
+_DECODERS: dict[str, Callable[[Any], Any]] = {
+    "$tuple": tuple,
+    "$set": set,
+    "$frozenset": frozenset,
+    "$bytes": lambda text: base64.b64decode(text, validate=True),
+    "$datetime": datetime.fromisoformat,
+    "$date": date.fromisoformat,
+    "$time": time_of_day.fromisoformat,
+    "$timedelta": lambda parts: timedelta(*parts),
+    "$decimal": Decimal,
+    "$uuid": UUID,
+    "$path": Path,
+}
+
+
+def _encode(value: Any, depth: int = 0) -> Any:
+    """Return `value` made of JSON's own types."""
+    kind = type(value)
+    if value is None or kind is str or kind is int or kind is bool:
+        return value
+    if isinstance(value, float):
+        if not math.isfinite(value):
+            raise _Refused(f"{value!r} is not a number that JSON has")
+        return float(value)
+    if depth > _MAX_DEPTH:
+        raise _Refused(f"nested deeper than {_MAX_DEPTH} levels, or contains itself")
+    if isinstance(value, list):
+        return _encode_items(value, depth)
+    if isinstance(value, dict):
+        return _encode_dict(value, depth)
+    if isinstance(value, tuple):
+        return {"$tuple": _encode_items(value, depth)}
+    if isinstance(value, (set, frozenset)):
+        name = "$set" if isinstance(value, set) else "$frozenset"
+        return {name: _encode_items(value, depth)}
+    return _encode_other(value)
+
+
+def _encode_items(values: Iterable[Any], depth: int) -> list[Any]:
+    encoded: list[Any] = []
+    try:
+        for value in values:
+            encoded.append(_encode(value, depth + 1))
+    except _Refused as refused:
+        refused.where = f"[{len(encoded)}]{refused.where}"
+        raise
+    return encoded
+
+
+def _encode_dict(values: dict[Any, Any], depth: int) -> dict[str, Any]:
+    encoded: dict[str, Any] = {}
+    for key, value in values.items():
+        if not isinstance(key, str):
+            raise _Refused(f"the key {_shorten(repr(key), 50)} is not a string")
+        try:
+            encoded[str(key)] = _encode(value, depth + 1)
+        except _Refused as refused:
+            refused.where = f"[{_shorten(repr(key), 50)}]{refused.where}"
+            raise
+    if len(encoded) == 1 and next(iter(encoded)).startswith("$"):
+        return {"$dict": encoded}
+    return encoded
+
+
+def _encode_other(value: Any) -> Any:
+    """Encode the types with a tag, and `StrEnum`, `IntEnum` and their like."""
+    known = _ENCODERS.get(type(value))
+    if known is not None:
+        tag, encode = known
+        return {tag: encode(value)}
+    if isinstance(value, str):
+        return str.__str__(value)
+    if isinstance(value, int):
+        return int(value)
+    raise _Refused(f"a value of type {type(value).__name__} has no JSON form")
+
+
+def _decode(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_decode(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    if len(value) == 1:
+        [(key, item)] = value.items()
+        if key == "$dict" and isinstance(item, dict):
+            return {inner: _decode(content) for inner, content in item.items()}
+        if key in _DECODERS:
+            return _DECODERS[key](_decode(item))
+    return {key: _decode(item) for key, item in value.items()}
+
+
+_to_json = json.JSONEncoder(
+    ensure_ascii=False, check_circular=False, separators=(",", ":")
+).encode
+_to_ascii_json = json.JSONEncoder(check_circular=False, separators=(",", ":")).encode
+
+
+class JSONSerializer:
+    """The default: JSON text, with tags for a few common types of Python."""
+
+    def dumps(self, value: Any) -> str:
+        """Return `value` as JSON text.
+
+        Raises: `SerializationError` naming the place of what cannot travel.
+        """
+        try:
+            encoded = _encode(value)
+            text = _to_json(encoded)
+        except _Refused as refused:
+            raise SerializationError(f"value{refused.where}", refused.detail) from None
+        except (RecursionError, ValueError) as error:  # an integer of 4,300 digits
+            raise SerializationError("value", str(error)) from None
+        return text if _storable(text) else _to_ascii_json(encoded)
+
+    def loads(self, text: str) -> Any:
+        """Return the value whose JSON text this is."""
+        value = json.loads(text)
+        return _decode(value) if '"$' in text else value
+
+
+_SERIALIZERS: dict[str, Serializer] = {"json": JSONSerializer()}
+
+
+def _find_serializer(serializer: str | Serializer) -> Serializer:
+    if isinstance(serializer, str):
+        _check(
+            serializer in _SERIALIZERS,
+            "serializer",
+            "'json' or an object with dumps() and loads()",
+            serializer,
+        )
+        return _SERIALIZERS[serializer]
+    fine = callable(getattr(serializer, "dumps", None)) and callable(
+        getattr(serializer, "loads", None)
+    )
+    _check(
+        fine, "serializer", "'json' or an object with dumps() and loads()", serializer
+    )
+    return serializer
+
+
+def _dump(serializer: Serializer, where: str, value: Any) -> str:
+    """Return the text of `value`; every failure names `where` it sits."""
+    try:
+        text = serializer.dumps(value)
+    except SerializationError as error:
+        inner = error.where.removeprefix("value")
+        raise SerializationError(where + inner, error.detail) from None
+    except Exception as error:
+        detail = f"{type(error).__name__}: {_shorten(str(error), 200)}"
+        raise SerializationError(where, detail) from error
+    if not isinstance(text, str) or not _storable(text):
+        raise SerializationError(where, "dumps() must return text without NUL")
+    return text
+
+
+def _load(serializer: Serializer, where: str, text: str) -> Any:
+    try:
+        return serializer.loads(text)
+    except Exception as error:
+        detail = f"the stored text cannot be read ({type(error).__name__})"
+        raise SerializationError(where, detail) from error
+
+
+def _to_unix(instant: datetime | None) -> float | None:
+    return None if instant is None else instant.timestamp()
+
+
+def _from_unix(seconds: float | None) -> datetime | None:
+    return None if seconds is None else datetime.fromtimestamp(seconds, timezone.utc)
+
+
+Row = tuple[Any, ...]
+
+
+def _task_parameters(
+    task: Task, serializer: Serializer, now: float, delay: float
+) -> dict[str, Any]:
+    """Return the parameters of `INSERT_TASK`."""
+    run_at = _to_unix(task.run_at)
+    if delay > 0:
+        run_at = max(now + delay, run_at or 0.0)
+    return {
+        "id": task.id,
+        "queue": task.queue,
+        "func": task.func,
+        "args": _dump(serializer, "args", list(task.args)) if task.args else "[]",
+        "kwargs": _dump(serializer, "kwargs", dict(task.kwargs))
+        if task.kwargs
+        else "{}",
+        "metadata": _dump(serializer, "metadata", dict(task.metadata))
+        if task.metadata
+        else "{}",
+        "status": "scheduled" if run_at is not None and run_at > now else "pending",
+        "priority": task.priority,
+        "max_attempts": task.max_attempts,
+        "retry_delay": float(task.retry_delay),
+        "timeout": None if task.timeout is None else float(task.timeout),
+        "unique_key": task.unique_key,
+        "created_at": now,
+        "run_at": run_at,
+        "expires_at": _to_unix(task.expires_at),
+    }
+
+
+def _task_from_row(row: Row, serializer: Serializer) -> Task:
+    """Build a `Task` from the columns of `CLAIM`, `SELECT_TASK`, `SELECT_TASKS`."""
+    (
+        _, task_id, queue, func, args, kwargs, metadata, status, priority, attempt,
+        claims, max_attempts, retry_delay, timeout, unique_key, created_at, run_at,
+        expires_at, lease_id, lease_until, worker, started_at, finished_at, error,
+        progress,
+    ) = row  # fmt: skip
+    where = f"task {task_id}: "
+    try:
+        return Task(
+            func,
+            () if args == "[]" else tuple(_load(serializer, where + "args", args)),
+            {} if kwargs == "{}" else _load(serializer, where + "kwargs", kwargs),
+            queue=queue,
+            priority=priority,
+            run_at=_from_unix(run_at),
+            expires_at=_from_unix(expires_at),
+            max_attempts=max_attempts,
+            retry_delay=float(retry_delay),  # RETURNING hands out 1.0 as 1
+            timeout=timeout and float(timeout),
+            unique_key=unique_key,
+            metadata={}
+            if metadata == "{}"
+            else _load(serializer, where + "metadata", metadata),
+            id=task_id,
+            status=TaskStatus(status),
+            attempt=attempt,
+            created_at=_from_unix(created_at),
+            started_at=_from_unix(started_at),
+            finished_at=_from_unix(finished_at),
+            lease_until=_from_unix(lease_until),
+            lease_id=lease_id,
+            worker=worker,
+            error=error,
+            progress=None
+            if progress is None
+            else _load(serializer, where + "progress", progress),
+            claims=claims,
+        )
+    except (TypeError, ValueError, OverflowError, OSError) as problem:
+        if isinstance(problem, SerializationError):
+            raise
+        raise SerializationError(where.rstrip(": "), str(problem)) from problem
+
+
+# =============================================================================
+# Connection
+# =============================================================================
+#
+# Everything that touches SQLite's file is in this section. Before changing it,
+# know these things; most were learned by losing data.
+#
+# WAL and IMMEDIATE. The file is in WAL mode: one writer at a time, and readers
+# that see a snapshot and wait for nobody (https://sqlite.org/wal.html). Every
+# write transaction is BEGIN IMMEDIATE. A deferred one that reads first and then
+# writes fails with SQLITE_BUSY_SNAPSHOT, whatever the timeout.
+#
+# Operations. The classes above this layer never see a transaction. They hand
+# over an `_Operation`: a function that runs on a connection inside one. It has
+# no effect outside the database, so it can be run again when its transaction
+# was rolled back. Its ids are drawn before it is handed over.
+#
+# Group commit. A commit at synchronous=FULL waits for the disk, and that is
+# most of its cost. While one transaction commits, the operations that arrive
+# wait in a list; the next transaction takes them all. Each runs in a savepoint
+# of its own, so that one that fails takes nobody along, and each caller gets
+# its own result or error, after the commit. Nothing waits for company: an
+# operation that comes alone is committed alone.
+#
+# Flushes. A claim, a heartbeat or a release that a power cut takes back does no
+# harm, for nobody holds it afterwards. A group of nothing else is committed at
+# synchronous=NORMAL, which does not wait for the disk; the next flush writes
+# the same WAL. The exception is a claim that uses the last attempt: if it were
+# forgotten, the task would run once more than it may.
+#
+# Fairness. SQLite's busy handler sleeps up to 100 ms while whoever just
+# committed takes the lock again: of 8 busy processes one made 13,146 commits
+# and another made 1. So `timeout=0`, and a retry of our own with short random
+# sleeps, that get shorter the longer one has waited. A lock file in front was
+# rejected: a stopped holder would block everyone.
+#
+# Two forms, one engine. `_Database` holds the connections and commits groups.
+# `_DirectGateway` uses it from the calling threads: one of them leads, commits
+# for all that wait, and hands leadership on. `_AsyncGateway` lets the thread of
+# an aiosqlite connection do that, and delivers outcomes to whichever loop asked.
+# A whole transaction is one function on that thread: nothing can be cancelled
+# in the middle, and no loop that ends leaves a transaction open.
+#
+# Fork. POSIX locks belong to a process and are not inherited, but SQLite's
+# record of them is copied. A child that opens the file again believes that it
+# holds locks that it does not hold, and the parent's last close then deletes
+# the WAL under it; what the child committed is gone. So before a fork every
+# connection of this process is brought to rest and closed; both sides open
+# again when they next need to (https://sqlite.org/howtocorrupt.html, 2.6).
+#
+# File descriptors. Closing any descriptor of the database file drops all POSIX
+# locks of this process on it (the same page, 2.2). Nothing here ever opens the
+# file except SQLite; `stat` is harmless.
+#
+# Checkpoints. SQLite 3.7.0 to 3.51.2 can corrupt the file when a checkpoint
+# meets a commit that resets the WAL (https://sqlite.org/wal.html, "The WAL-reset
+# bug"). On such a library the automatic checkpoint is off, and every few
+# hundred commits a checkpoint runs on one connection while another one of ours
+# holds the write lock, so that nobody can commit beside it. Checkpointing in a
+# background thread was rejected (it starves, the WAL grew to 2.2 GB), and so
+# was checkpointing at the start of a write transaction (the WAL never resets).
+#
+# Interrupts. A KeyboardInterrupt between COMMIT and the caller would look like
+# a failure of something that happened. In the main thread a blocking call
+# records SIGINT, and raises it once its outcome is known. A claim whose caller
+# is gone is given back (`undo`).
+#
+# Waiting. `PRAGMA data_version` on an idle connection costs 3 µs and tells
+# whether another connection committed. One waiter of an object looks every few
+# milliseconds for all of them; commits of the same object wake them directly.
+
+_MAX_GROUP = 1_024  # operations in one transaction
+_MAX_GROUP_SECONDS = 0.025  # after which other processes get a turn
+_CHECKPOINT_COMMITS = 256  # own commits between two guarded checkpoints
+_CHECKPOINT_BYTES = 4 * 2**20  # growth of the WAL that brings one forward
+_WAL_KEPT_BYTES = 16 * 2**20  # size to which a WAL that was reset is cut
+_INTERRUPT_INTERVAL = 0.02  # seconds between two looks for a recorded SIGINT
+
+_NETWORK_FILESYSTEMS = frozenset(
+    "9p acfs afp afpfs afs beegfs ceph cifs coda davfs fuse.ceph fuse.cephfs"
+    " fuse.davfs fuse.davfs2 fuse.gcsfuse fuse.glusterfs fuse.rclone fuse.s3fs"
+    " fuse.smbnetfs fuse.sshfs gfs gfs2 glusterfs gpfs lustre ncpfs nfs nfs4 ocfs2"
+    " orangefs panfs prl_fs pvfs2 smb2 smb3 smbfs vboxsf virtiofs vmhgfs webdav".split()
+)
+
+
+def _has_wal_reset_bug(version: tuple[int, ...]) -> bool:
+    """Tell whether this library corrupts a WAL that is checkpointed unguarded."""
+    if version[:2] == (3, 50):
+        return version < (3, 50, 7)
+    if version[:2] == (3, 44):
+        return version < (3, 44, 6)
+    return version < (3, 51, 3)
+
+
+def _filesystem_of(path: str, mounts: str) -> str:
+    """Return the type of the file system of `path` by the text of mountinfo."""
+    best, found = "", ""
+    for line in mounts.splitlines():
+        left, _, right = line.partition(" - ")
+        fields = left.split(" ")
+        if len(fields) < 5 or not right:
+            continue
+        point = fields[4].encode().decode("unicode_escape", "replace")
+        inside = path == point or path.startswith(point.rstrip("/") + "/")
+        if inside and len(point) >= len(best):
+            best, found = point, right.split(" ")[0]
+    return found
+
+
+def _network_filesystem(path: str) -> str | None:
+    """Return the name of the network file system that `path` is on, or `None`."""
+    real = os.path.realpath(path)
+    if sys.platform == "win32":
+        return "UNC path" if real.startswith(("\\\\", "//")) else None
+    if sys.platform == "darwin":
+        # "server:/export on /mnt (nfs, …)" in the form of a mountinfo line
+        listing = subprocess.run(
+            ["/sbin/mount"], capture_output=True, text=True, timeout=10, check=False
+        ).stdout
+        mounts = ""
+        for line in listing.splitlines():
+            point, _, options = line.partition(" on ")[2].rpartition(" (")
+            mounts += f"0 0 0 / {point} - {options.split(',')[0].rstrip(')')}\n"
+    else:
+        try:
+            mounts = Path("/proc/self/mountinfo").read_text(errors="surrogateescape")
+        except OSError:
+            return None
+    name = _filesystem_of(real, mounts)
+    return name if name in _NETWORK_FILESYSTEMS else None
+
+
+def _create_file(path: str) -> None:
+    """Create an empty database that only its owner can read, if there is none.
+
+    It appears under its name in one step with its mode set. SQLite gives the
+    `-wal` and `-shm` beside it the same mode. The descriptor is closed before
+    the name exists, so that no lock is dropped.
+    """
+    folder = os.path.dirname(path)
+    os.makedirs(folder, mode=0o700, exist_ok=True)
+    temporary = f"{path}.{os.urandom(6).hex()}.tmp"
+    os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+    try:
+        os.chmod(temporary, 0o600)  # a umask may have taken rights of the owner
+        os.link(temporary, path)
+    except FileExistsError:
+        pass  # another process was faster
+    except OSError:  # a file system without hard links
+        with contextlib.suppress(FileExistsError):
+            os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+    finally:
+        os.unlink(temporary)
+
+
+def _is_busy(error: BaseException) -> bool:
+    code = getattr(error, "sqlite_errorcode", None)
+    return code is not None and code & 0xFF in (
+        sqlite3.SQLITE_BUSY,
+        sqlite3.SQLITE_LOCKED,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Options:
+    """What all classes of one object share; see the constructor of a queue."""
+
+    path: str
+    synchronous: str = "FULL"
+    busy_timeout: float = DEFAULT_BUSY_TIMEOUT
+    allow_network_fs: bool = False
+    clock: Callable[[], float] = time.time
+    readers: int = DEFAULT_READERS
+
+    def __post_init__(self) -> None:
+        _check(
+            self.synchronous in ("OFF", "NORMAL", "FULL", "EXTRA"),
+            "synchronous",
+            "'OFF', 'NORMAL', 'FULL' or 'EXTRA'",
+            self.synchronous,
+        )
+        _check_number("busy_timeout", self.busy_timeout)
+        _check(callable(self.clock), "clock", "callable", self.clock)
+        _check_integer("readers", self.readers, minimum=1, maximum=1_000)
+
+
+def _absolute(path: str | os.PathLike[str]) -> str:
+    """Return the path by which a file stays the same wherever the process goes."""
+    text = os.fspath(path)
+    _check(
+        isinstance(text, str) and text != "" and "\0" not in text,
+        "path",
+        "a str or os.PathLike of str, not empty, without NUL",
+        path,
+    )
+    return text if text == ":memory:" else os.path.abspath(text)
+
+
+class _Operation(Generic[T]):
+    """A write: `run` inside a transaction, perhaps again after a rollback."""
+
+    flush = True
+    """Whether it must outlive a power cut once it was acknowledged."""
+
+    def __init__(
+        self, run: Callable[[sqlite3.Connection], T], *, flush: bool = True
+    ) -> None:
+        self.run = run
+        self.flush = flush
+
+    def look(self, connection: sqlite3.Connection) -> bool:
+        """Read before the transaction; `False`: nothing to write, take `idle()`."""
+        return True
+
+    def idle(self) -> T:
+        """Return the result of an operation that had nothing to write."""
+        raise NotImplementedError
+
+    def must_flush(self, result: T) -> bool:
+        """Tell whether this very result must outlive a power cut after all."""
+        return False
+
+
+class _Request(Generic[T]):
+    """An operation on its way, and what became of it."""
+
+    __slots__ = (
+        "alone", "delivery", "done", "error", "flush", "looked", "operation",
+        "result", "since", "taken", "wake",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        operation: _Operation[T],
+        delivery: _Delivery[T] | None = None,
+    ) -> None:
+        self.operation = operation
+        self.delivery = delivery
+        self.flush = operation.flush
+        self.since = time.monotonic()
+        self.looked = False
+        self.taken = False
+        self.alone = False  # its group was lost: runs in a transaction of its own
+        self.done = False
+        self.result: T | None = None
+        self.error: BaseException | None = None
+        self.wake: threading.Event | None = None
+
+    def outcome(self) -> T:
+        if self.error is not None:
+            raise self.error
+        return cast(T, self.result)
+
+
+class _Slot:
+    """A place for one connection: used by one thread at a time, opened lazily.
+
+    `with slot as connection` is the only way to a connection. A fork waits
+    until no slot is in use, closes what they hold, and they open again.
+    """
+
+    def __init__(self, database: _Database, *, writable: bool) -> None:
+        self.database = database
+        self.writable = writable
+        self.connection: sqlite3.Connection | None = None
+        self.lock = threading.Lock()
+        self.owner = 0
+        self.serial = 0  # how many connections it has held
+        self.synchronous = ""
+
+    def __enter__(self) -> sqlite3.Connection:
+        self.lock.acquire()
+        try:
+            with self.database.gate:
+                self.database.check_open()
+                self.database.active.add(self)
+                self.owner = threading.get_ident()
+            if self.connection is None:
+                self.connection = self.database.connect(writable=self.writable)
+                self.synchronous = ""
+                self.serial += 1
+            return self.connection
+        except BaseException:
+            self.__exit__()
+            raise
+
+    def __exit__(self, *_: object) -> None:
+        with self.database.gate:
+            self.database.active.discard(self)
+            self.database.gate.notify_all()
+            self.owner = 0
+        self.lock.release()
+
+    def close(self) -> None:
+        connection, self.connection = self.connection, None
+        if connection is not None:
+            self.database.connections.discard(connection)
+            try:
+                connection.close()
+            except sqlite3.Error as error:
+                logger.warning("closing %r: %s", self.database.path, error)
+
+
+class _Bell:
+    """Wakes waiters on commits: at once on this object's, by polling on others'."""
+
+    def __init__(self, database: _Database) -> None:
+        self.database = database
+        self.slot = _Slot(database, writable=False)
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget all waiters; in a forked child they are threads of the parent."""
+        self.lock = threading.Lock()
+        self.waiters: set[_Waiter] = set()
+        self.generation = 0
+        self.version = (0, 0)  # of which connection, and its data_version
+        self.polled = False  # whether somebody polls
+
+    def register(self, waiter: _Waiter, seen: int) -> bool:
+        """Add a waiter unless something happened since `seen`."""
+        with self.lock:
+            if self.generation != seen:
+                return False
+            self.waiters.add(waiter)
+            return True
+
+    def unregister(self, waiter: _Waiter) -> None:
+        with self.lock:
+            self.waiters.discard(waiter)
+
+    def take_over(self) -> bool:
+        """Become the one that polls; `False` if somebody does."""
+        with self.lock:
+            mine = not self.polled
+            self.polled = True
+            return mine
+
+    def hand_over(self) -> None:
+        """Stop polling; any other waiter looks again and takes over."""
+        with self.lock:
+            self.polled = False
+            heir = next(iter(self.waiters), None)
+        if heir is not None:
+            heir.wake()
+
+    def ring(self) -> None:
+        """Wake everybody: something was committed."""
+        with self.lock:
+            self.generation += 1
+            woken, self.waiters = self.waiters, set()
+        for waiter in woken:
+            waiter.wake()
+
+    def poll(self) -> None:
+        """Look once for a commit of another connection and for due waiters."""
+        try:
+            changed = not self.database.memory and self._version_moved()
+        except (OmniQError, sqlite3.Error):
+            changed = True  # whoever looks gets the error
+        if changed:
+            self.ring()
+            return
+        now = self.database.options.clock()
+        with self.lock:
+            due = [w for w in self.waiters if w.due is not None and w.due <= now]
+            self.waiters.difference_update(due)
+        for waiter in due:
+            waiter.wake()
+
+    def _version_moved(self) -> bool:
+        # The first look after opening has nothing to compare with, so it counts
+        # as a change: what was committed just before must not be missed.
+        with self.slot as connection:
+            [(version,)] = connection.execute("PRAGMA data_version").fetchall()
+            self.database.check_identity()
+            version = (self.slot.serial, version)
+        moved = version != self.version
+        self.version = version
+        return bool(moved)
+
+
+class _Waiter:
+    """Somebody who waits for a commit, or until the clock says `due`."""
+
+    __slots__ = ("due", "wake")
+
+    def __init__(self, due: float | None, wake: Callable[[], object]) -> None:
+        self.due = due
+        self.wake = wake
+
+
+class _Database:
+    """One file for one object: its connections, its schema and its commits.
+
+    Used from any thread. At most one thread at a time calls `serve()`; the
+    gateways below see to that.
+    """
+
+    def __init__(self, options: _Options, components: Sequence[str]) -> None:
+        self.options = options
+        self.path = options.path
+        self.memory = options.path == ":memory:"
+        self.components = tuple(components)
+        self.connections: set[sqlite3.Connection] = set()
+        self.threads: list[_ConnectionThread] = []
+        self.identity: tuple[int, int] | None = None
+        self.closed_reason: str | None = None
+        self.commits_since_checkpoint = 0
+        self.wal_size = 0
+        self.writer = _Slot(self, writable=True)
+        self.checkpointer = _Slot(self, writable=True)
+        self.watch = _Bell(self)
+        self.read_slots: list[_Slot] = []
+        self.reset()
+        weakref.finalize(self, _dispose, self.connections, self.threads).atexit = False
+        with _databases_lock:
+            _databases.add(self)
+
+    def reset(self) -> None:
+        """Begin with new locks and nothing under way: at first, and in a child."""
+        self.gate = threading.Condition(threading.RLock())
+        self.active: set[_Slot] = set()
+        self.queue_lock = threading.Lock()
+        self.pending: collections.deque[_Request[Any]] = collections.deque()
+        self.leader: object | None = None
+        self.committing = False
+        self.pool = threading.Condition(threading.Lock())
+        self.idle_slots = list(self.read_slots)
+        for slot in self.slots():
+            slot.lock = threading.Lock()
+            slot.owner = 0
+        self.threads.clear()
+        self.watch.reset()
+
+    def slots(self) -> list[_Slot]:
+        return [self.writer, self.checkpointer, self.watch.slot, *self.read_slots]
+
+    # -- Opening --
+
+    def check_open(self) -> None:
+        if self.closed_reason is not None:
+            raise StorageClosedError(self.path, self.closed_reason)
+
+    def connect(self, *, writable: bool) -> sqlite3.Connection:
+        """Open, set up and check one connection, waiting for others as long as asked.
+
+        With a busy timeout of 0 most simultaneous first opens fail, so all of it
+        goes through the same retry as a write.
+        """
+        connection = self.retry(self._try_connect)
+        try:
+            if not writable and not self.memory:
+                connection.execute("PRAGMA query_only = ON")
+            self.connections.add(connection)
+        except BaseException:
+            connection.close()
+            raise
+        return connection
+
+    def retry(self, attempt: Callable[[], T]) -> T:
+        """Call `attempt` until it is not busy; translate what else it raises."""
+        since = time.monotonic()
+        while True:
+            try:
+                return attempt()
+            except (sqlite3.Error, OSError) as error:
+                if isinstance(error, OmniQError):
+                    raise
+                waited = time.monotonic() - since
+                if not _is_busy(error) or waited >= self.options.busy_timeout:
+                    raise self.translate(error, waited) from error
+            self.pause(waited)
+
+    @staticmethod
+    def pause(waited: float) -> None:
+        """Sleep between two attempts: briefly, at random, less after a long wait."""
+        _check_interrupts()
+        time.sleep(random.uniform(0.0005, 0.002) / (1.0 + 10.0 * waited))
+
+    def _try_connect(self) -> sqlite3.Connection:
+        connection = self._open_file()
+        try:
+            self._configure(connection)
+            self._ensure_schema(connection)
+            self._note_identity()
+        except BaseException:
+            connection.close()
+            raise
+        return connection
+
+    def _open_file(self) -> sqlite3.Connection:
+        if self.memory:
+            return self._sqlite_connect(":memory:")
+        if self.identity is None:
+            if sqlite3.sqlite_version_info < (3, 37):
+                raise UnsupportedSQLiteError(sqlite3.sqlite_version, "3.37")
+            name = _network_filesystem(os.path.dirname(self.path))
+            if name is not None and not self.options.allow_network_fs:
+                raise NetworkFilesystemError(self.path, name)
+            if os.path.isdir(self.path):
+                raise DatabaseAccessError(self.path, "it is a directory")
+            if not os.path.exists(self.path):
+                _create_file(self.path)
+        self.check_identity()
+        # mode=rw: SQLite never creates the file, so a deleted one is noticed.
+        location = Path(self.path).as_uri() + "?mode=rw"
+        return self._sqlite_connect(location)
+
+    def _sqlite_connect(self, location: str) -> sqlite3.Connection:
+        return _connection_factory(
+            location,
+            uri=True,
+            timeout=0,
+            isolation_level=None,
+            check_same_thread=False,
+            cached_statements=256,
+        )
+
+    def _configure(self, connection: sqlite3.Connection) -> None:
+        """Set what holds for every connection, each with its reason."""
+        for pragma in (
+            "PRAGMA trusted_schema = OFF",  # a hostile file's views run no functions
+            "PRAGMA foreign_keys = ON",
+            f"PRAGMA journal_size_limit = {_WAL_KEPT_BYTES}",
+        ):
+            connection.execute(pragma)
+        if hasattr(connection, "setconfig"):  # Python 3.12
+            connection.setconfig(sqlite3.SQLITE_DBCONFIG_DEFENSIVE, True)
+        if self.memory:
+            return
+        [(mode,)] = connection.execute("PRAGMA journal_mode").fetchall()
+        if mode != "wal":
+            self._make_wal(connection)
+        if _has_wal_reset_bug(sqlite3.sqlite_version_info):
+            connection.execute("PRAGMA wal_autocheckpoint = 0").fetchall()
+        if sys.platform == "darwin":  # there fsync alone does not reach the disk
+            connection.execute("PRAGMA fullfsync = ON")
+            connection.execute("PRAGMA checkpoint_fullfsync = ON")
+
+    def _make_wal(self, connection: sqlite3.Connection) -> None:
+        [(pages,)] = connection.execute("PRAGMA page_count").fetchall()
+        if pages == 0:  # a new file is ours: give free pages back bit by bit
+            connection.execute("PRAGMA auto_vacuum = INCREMENTAL")
+        [(mode,)] = connection.execute("PRAGMA journal_mode = WAL").fetchall()
+        if mode != "wal":
+            raise DatabaseAccessError(self.path, f"WAL mode is refused (got {mode!r})")
+
+    def _note_identity(self) -> None:
+        if self.identity is None and not self.memory:
+            self.identity = self._stat()
+        self.check_identity()
+
+    def _stat(self) -> tuple[int, int] | None:
+        try:
+            status = os.stat(self.path)
+        except OSError:
+            return None
+        return status.st_dev, status.st_ino
+
+    def check_identity(self) -> None:
+        """Refuse to go on with a file that is no longer the one at its path."""
+        if self.identity is not None and self._stat() != self.identity:
+            raise DatabaseReplacedError(self.path)
+
+    # -- Schema --
+
+    def _ensure_schema(self, connection: sqlite3.Connection) -> None:
+        """Create or migrate the tables of the components that this object uses.
+
+        Reads first, so that opening a file that is up to date writes nothing.
+        Any number of processes may do this at once: whoever gets the write lock
+        looks again and does what is left.
+        """
+        if not missing_migrations(connection, self.components, self.path):
+            return
+        connection.execute("BEGIN IMMEDIATE")
+        try:
+            migrate(connection, self.components, self.path)
+            connection.execute("COMMIT")
+        except BaseException:
+            if connection.in_transaction:
+                connection.execute("ROLLBACK")
+            raise
+
+    # -- Errors --
+
+    def translate(self, error: BaseException, waited: float = 0.0) -> BaseException:
+        """Return the error of ours that says what to do about one of SQLite's."""
+        code = getattr(error, "sqlite_errorcode", None)
+        if isinstance(error, OmniQError):
+            return error
+        if isinstance(error, PermissionError):
+            return ReadOnlyDatabaseError(self.path)
+        if isinstance(error, OSError):
+            return DatabaseAccessError(self.path, error.strerror or str(error))
+        if not isinstance(error, sqlite3.Error) or code is None:
+            return error
+        return self._translate_code(error, code, waited)
+
+    def _translate_code(
+        self, error: sqlite3.Error, code: int, waited: float
+    ) -> BaseException:
+        primary = code & 0xFF
+        if primary in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
+            return DatabaseBusyError(self.path, waited)
+        if self.identity is not None and self._stat() != self.identity:
+            return DatabaseReplacedError(self.path)
+        if primary == sqlite3.SQLITE_FULL:
+            return DatabaseFullError(self.path)
+        if primary == sqlite3.SQLITE_READONLY:
+            return ReadOnlyDatabaseError(self.path)
+        if primary in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
+            return CorruptDatabaseError(self.path, str(error))
+        if primary in (
+            sqlite3.SQLITE_CANTOPEN,
+            sqlite3.SQLITE_IOERR,
+            sqlite3.SQLITE_PERM,
+            sqlite3.SQLITE_AUTH,
+        ):
+            return DatabaseAccessError(self.path, str(error))
+        if primary == sqlite3.SQLITE_TOOBIG:
+            return SerializationError("value", "it is larger than SQLite can store")
+        if primary == sqlite3.SQLITE_ERROR and "no such" in str(error):
+            return SchemaVersionError(self.path, "its", str(error))
+        return OmniQError(f"database {self.path!r}: {error}")
+
+    # -- Reading --
+
+    def read(self, function: Callable[[sqlite3.Connection], T]) -> T:
+        """Run a read on a connection of the pool; it waits for no writer.
+
+        SQLITE_BUSY can still come from another process's recovery or last close.
+        """
+        if self.memory:
+            with self.writer as connection:
+                return self.retry(lambda: function(connection))
+        return self.retry(lambda: self._try_read(function))
+
+    def _try_read(self, function: Callable[[sqlite3.Connection], T]) -> T:
+        slot = self._take_slot()
+        try:
+            with slot as connection:
+                result = function(connection)
+                self.check_identity()
+                return result
+        finally:
+            with self.pool:
+                self.idle_slots.append(slot)
+                self.pool.notify()
+
+    def _take_slot(self) -> _Slot:
+        with self.pool:
+            while not self.idle_slots:
+                if len(self.read_slots) < self.options.readers:
+                    slot = _Slot(self, writable=False)
+                    self.read_slots.append(slot)
+                    return slot
+                self.pool.wait()
+            return self.idle_slots.pop()
+
+    # -- Writing --
+
+    def serve(self) -> None:
+        """Commit one group of the operations that wait; return when none does."""
+        while self.pending:
+            group: list[_Request[Any]] = []
+            try:
+                with self.writer as connection:
+                    group = self._look(connection)
+                    if not group or self._commit(connection, group):
+                        break
+            except BaseException as error:
+                if not isinstance(error, Exception):
+                    raise  # an interrupt: whoever leads next goes on
+                self._refuse(group or list(self.pending), error)
+                break
+            self._refuse_late(group)
+            self.pause(time.monotonic() - group[0].since)
+        if self._checkpoint_is_due():
+            self._checkpoint()
+
+    def _look(self, connection: sqlite3.Connection) -> list[_Request[Any]]:
+        """Let the operations look that have to; return those that will write.
+
+        Those that find nothing to do are answered without a transaction. Looking
+        first keeps idle waiters from taking the write lock from producers.
+        """
+        answered: list[_Request[Any]] = []
+        group: list[_Request[Any]] = []
+        self.check_identity()
+        with self.queue_lock:
+            waiting = list(itertools.islice(self.pending, _MAX_GROUP))
+        for request in waiting:
+            if request.alone and group:
+                break
+            if not request.looked:
+                self._look_one(connection, request)
+            if not request.looked:
+                answered.append(request)
+                continue
+            group.append(request)
+            if request.alone:
+                break
+        self._deliver(self._take(answered))
+        return group
+
+    def _look_one(self, connection: sqlite3.Connection, request: _Request[Any]) -> None:
+        """Set `looked` where there is something to write, else the outcome."""
+        try:
+            request.looked = request.operation.look(connection)
+            if not request.looked:
+                request.result = request.operation.idle()
+        except Exception as error:
+            request.looked = _is_busy(error)  # then the transaction will tell
+            if not request.looked:
+                request.error = self.translate(error)
+
+    def _take(self, group: list[_Request[Any]]) -> list[_Request[Any]]:
+        """Take requests off the list; those that were withdrawn are left out."""
+        with self.queue_lock:
+            taken = [r for r in group if not r.taken and not r.done]
+            for request in taken:
+                request.taken = True
+            if len(taken) == len(self.pending):
+                self.pending.clear()
+            else:
+                self.pending = collections.deque(r for r in self.pending if not r.taken)
+        return taken
+
+    def _put_back(self, group: Iterable[_Request[Any]]) -> None:
+        with self.queue_lock:
+            waiting = [r for r in group if not r.done]
+            for request in waiting:
+                request.taken = False
+                request.result = request.error = None
+            self.pending.extendleft(reversed(waiting))
+
+    def _commit(
+        self, connection: sqlite3.Connection, group: list[_Request[Any]]
+    ) -> bool:
+        """Run a group in one transaction; `False` if another writer has the lock."""
+        flush = any(request.flush for request in group)
+        if not self._begin(connection, flush):
+            return False
+        taken = self._take(group)
+        try:
+            self._run_group(connection, taken, flush)
+        except sqlite3.Error as error:
+            self._roll_back(connection)
+            self._break_up(taken, error)
+        except BaseException:
+            # An interrupt or an exception that another thread threw at this one.
+            if self.committing and not connection.in_transaction:
+                self._finish(taken)
+            else:
+                self._roll_back(connection)
+                self._put_back(taken)
+            raise
+        finally:
+            self.committing = False
+        return True
+
+    def _begin(self, connection: sqlite3.Connection, flush: bool) -> bool:
+        wanted = self.options.synchronous
+        if not flush and wanted in ("FULL", "EXTRA"):
+            wanted = "NORMAL"
+        try:
+            self._roll_back(connection)  # an exception may have left one open
+            if self.writer.synchronous != wanted:
+                connection.execute(_SYNCHRONOUS[wanted])
+                self.writer.synchronous = wanted
+            connection.execute("BEGIN IMMEDIATE")
+        except sqlite3.Error as error:
+            if _is_busy(error):
+                return False
+            raise self.translate(error) from error
+        return True
+
+    def _run_group(
+        self, connection: sqlite3.Connection, group: list[_Request[Any]], flush: bool
+    ) -> None:
+        started = time.monotonic()
+        ran = 0
+        for request in group:
+            self._run_one(connection, request, savepoint=len(group) > 1)
+            ran += 1
+            if time.monotonic() - started > _MAX_GROUP_SECONDS:
+                break
+        if ran < len(group):  # the others have to wait for the next transaction
+            late = group[ran:]
+            del group[ran:]
+            self._put_back(late)
+        if not flush and self._needs_flush(group):
+            self._roll_back(connection)
+            self._put_back(group)
+            return
+        if all(request.error is not None for request in group):
+            self._roll_back(connection)
+            self._deliver(group)
+            return
+        self.committing = True
+        connection.execute("COMMIT")
+        self._finish(group)
+
+    def _run_one(
+        self, connection: sqlite3.Connection, request: _Request[Any], *, savepoint: bool
+    ) -> None:
+        try:
+            if savepoint:
+                connection.execute("SAVEPOINT omniq")
+            request.result = request.operation.run(connection)
+        except Exception as error:
+            if not connection.in_transaction:
+                raise  # SQLite ended the whole transaction (a full disk does that)
+            if not savepoint and isinstance(error, sqlite3.Error):
+                raise
+            request.error = self.translate(error)
+            request.error.__cause__ = None if request.error is error else error
+            if savepoint:
+                connection.execute("ROLLBACK TO omniq")
+        if savepoint:
+            connection.execute("RELEASE omniq")
+
+    @staticmethod
+    def _needs_flush(group: list[_Request[Any]]) -> bool:
+        """Mark the requests whose result has to be flushed after all."""
+        found = False
+        for request in group:
+            if request.error is None and request.operation.must_flush(request.result):
+                request.flush = found = True
+        return found
+
+    @staticmethod
+    def _roll_back(connection: sqlite3.Connection) -> None:
+        if connection.in_transaction:
+            connection.execute("ROLLBACK")
+
+    def _break_up(self, group: list[_Request[Any]], error: sqlite3.Error) -> None:
+        """The transaction failed: run each alone, so that each gets its own error."""
+        if len(group) == 1:
+            group[0].error = self.translate(error)
+            group[0].error.__cause__ = error
+            self._deliver(group)
+            return
+        for request in group:
+            request.alone = True
+        self._put_back(group)
+
+    def _finish(self, group: list[_Request[Any]]) -> None:
+        """Tell everybody what was committed, unless the file was replaced."""
+        self.commits_since_checkpoint += 1
+        try:
+            self.check_identity()
+        except DatabaseReplacedError as error:
+            for request in group:
+                request.error = copy.copy(error)
+        self.watch.ring()
+        self._deliver(group)
+
+    def _refuse(self, group: list[_Request[Any]], error: Exception) -> None:
+        """The database cannot be used: that is everybody's outcome."""
+        translated = self.translate(error)
+        taken = self._take(group)
+        for request in taken:  # each its own: raising one changes its traceback
+            request.error = copy.copy(translated)
+        self._deliver(taken)
+
+    def _refuse_late(self, group: list[_Request[Any]]) -> None:
+        """Nothing was changed for those that have waited long enough."""
+        now = time.monotonic()
+        limit = self.options.busy_timeout
+        late = self._take([r for r in group if now - r.since >= limit])
+        for request in late:
+            request.error = DatabaseBusyError(self.path, now - request.since)
+        self._deliver(late)
+
+    @staticmethod
+    def _deliver(group: list[_Request[Any]]) -> None:
+        """Hand out outcomes: by an event to threads, in one call to each loop."""
+        by_loop: dict[asyncio.AbstractEventLoop | None, list[_Request[Any]]] = {}
+        for request in group:
+            request.done = True
+            if request.delivery is not None:
+                by_loop.setdefault(request.delivery.loop, []).append(request)
+            elif request.wake is not None:
+                request.wake.set()
+        for loop, requests in by_loop.items():
+            if loop is None or not _call_soon(loop, _arrive, requests):
+                for request in requests:
+                    cast(_Delivery[Any], request.delivery).undo(request)
+
+    # -- Checkpoints --
+
+    def _checkpoint_is_due(self) -> bool:
+        if self.memory or not _has_wal_reset_bug(sqlite3.sqlite_version_info):
+            return False
+        if self.commits_since_checkpoint >= _CHECKPOINT_COMMITS:
+            return True
+        try:
+            size = os.stat(self.path + "-wal").st_size
+        except OSError:
+            return False
+        return size - self.wal_size > _CHECKPOINT_BYTES
+
+    def _checkpoint(self) -> None:
+        """Copy the WAL into the file while nobody can commit (see the essay)."""
+        self.commits_since_checkpoint = 0
+        try:
+            with self.writer as guard:
+                self.retry_briefly(lambda: guard.execute("BEGIN IMMEDIATE"))
+                try:
+                    with self.checkpointer as connection:
+                        connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
+                finally:
+                    guard.execute("COMMIT")
+            self.wal_size = os.stat(self.path + "-wal").st_size
+        except (sqlite3.Error, OSError, OmniQError) as error:
+            logger.debug("checkpoint of %r was put off: %s", self.path, error)
+
+    def retry_briefly(self, attempt: Callable[[], object]) -> None:
+        """Take the lock for a checkpoint: worth a wait, but not a long one."""
+        since = time.monotonic()
+        while True:
+            try:
+                attempt()
+                return
+            except sqlite3.Error as error:
+                waited = time.monotonic() - since
+                if not _is_busy(error) or waited > 1.0:
+                    raise
+            time.sleep(random.uniform(0.0005, 0.002) / (1.0 + 10.0 * waited))
+
+    # -- Rest, fork and close --
+
+    def rest(self) -> bool:
+        """Hold the gate and close all connections once none is in use.
+
+        Returns whether this thread itself is inside an operation, which then
+        goes on (only a signal handler that forks can come here in that case).
+        """
+        self.gate.acquire()
+        mine = {s for s in self.active if s.owner == threading.get_ident()}
+        while self.active - mine:
+            self.gate.wait()
+        for slot in self.slots():
+            if slot not in mine:
+                slot.close()
+        idle = [t for t in self.threads if t.outstanding == 0]
+        for thread in idle:
+            thread.stop()
+            self.threads.remove(thread)
+        return bool(mine)
+
+    def shut(self, timeout: float) -> None:
+        """Refuse what comes, and close once what was begun has ended."""
+        if self.closed_reason is not None:
+            return
+        limit = time.monotonic() + timeout
+        with self.gate:
+            while (self.active or self.pending) and time.monotonic() < limit:
+                self.gate.wait(0.01)
+            self.closed_reason = "it was closed"
+            while self.active and time.monotonic() < limit:
+                self.gate.wait(0.01)
+            for slot in self.slots():
+                if slot not in self.active:
+                    slot.close()
+        self._refuse(list(self.pending), StorageClosedError(self.path))
+        self.watch.ring()
+        for thread in self.threads:
+            thread.stop()
+        self.threads.clear()
+        with _databases_lock:
+            _databases.discard(self)
+
+
+_SYNCHRONOUS = {
+    name: f"PRAGMA synchronous = {name}" for name in ("OFF", "NORMAL", "FULL", "EXTRA")
+}
+
+
+_connection_factory: Callable[..., sqlite3.Connection] = sqlite3.connect
+"""What opens a connection; replaced by tests that inject faults."""
+
+
+# -- Schema --
+
+
+def schema_versions(connection: sqlite3.Connection, path: str) -> dict[str, int]:
+    """Return the versions of the components in a file, of which it has tables.
+
+    Raises: `SchemaVersionError` where a table of our name is not ours.
+    """
+    cursor = sqlite3.Connection.cursor(connection)
+    cursor.row_factory = None
+    names = {bytes(row[0]).decode() for row in cursor.execute(SELECT_TABLE_NAMES)}
+    versions: dict[str, int] = {}
+    if "omniq_schema" in names:
+        try:
+            rows = cursor.execute(SELECT_SCHEMA).fetchall()
+            versions = {bytes(name).decode(): int(number) for name, number in rows}
+        except (sqlite3.OperationalError, TypeError, ValueError) as error:
+            detail = "its table omniq_schema is not OmniQ's"
+            raise SchemaVersionError(path, "omniq_schema", detail) from error
+    for component, table in COMPONENT_TABLE.items():
+        if table in names and component not in versions:
+            detail = f"its table {table} is not OmniQ's"
+            raise SchemaVersionError(path, component, detail)
+    return versions
+
+
+def missing_migrations(
+    connection: sqlite3.Connection, components: Sequence[str], path: str
+) -> list[tuple[str, int]]:
+    """Return (component, version) of each step that the file still needs.
+
+    Raises: `SchemaVersionError` for a file that a newer version wrote.
+    """
+    versions = schema_versions(connection, path)
+    steps: list[tuple[str, int]] = []
+    for component in components:
+        found, newest = versions.get(component, 0), len(MIGRATIONS[component])
+        if found > newest:
+            detail = f"version {found} was written by a newer omniq_sqlite than this"
+            detail += f" one ({__version__}), which knows up to {newest}; update it"
+            raise SchemaVersionError(path, component, detail)
+        steps += [(component, version) for version in range(found + 1, newest + 1)]
+    return steps
+
+
+def migrate(
+    connection: sqlite3.Connection, components: Sequence[str], path: str
+) -> None:
+    """Bring the tables up to date, inside the transaction that is open."""
+    steps = missing_migrations(connection, components, path)
+    if not steps:
+        return
+    cursor = sqlite3.Connection.cursor(connection)
+    cursor.execute(CREATE_SCHEMA_TABLE)
+    for component, version in steps:
+        for statement in MIGRATIONS[component][version - 1]:
+            cursor.execute(statement)
+        cursor.execute(UPSERT_SCHEMA, {"component": component, "version": version})
+
+
+# -- Fork and exit --
+
+_databases: weakref.WeakSet[_Database] = weakref.WeakSet()
+_databases_lock = threading.RLock()
+_resting: list[tuple[_Database, bool]] = []
+
+
+def _before_fork() -> None:
+    _databases_lock.acquire()
+    for database in sorted(_databases, key=id):
+        _resting.append((database, database.rest()))
+
+
+def _after_fork_in_parent() -> None:
+    for database, _ in _resting:
+        database.gate.release()
+    _resting.clear()
+    _databases_lock.release()
+
+
+def _after_fork_in_child() -> None:
+    global _databases_lock, _id_lock
+    _databases_lock, _id_lock = threading.RLock(), threading.Lock()
+    _operating.clear()
+    for database, inside in _resting:
+        database.reset()
+        if inside:
+            # Its connection is open with locks that this process does not hold.
+            # Using or closing it would damage the file, so it is left alone.
+            database.closed_reason = "the process was forked inside an operation"
+    _resting.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(
+        before=_before_fork,
+        after_in_parent=_after_fork_in_parent,
+        after_in_child=_after_fork_in_child,
+    )
+
+
+def _dispose(
+    connections: set[sqlite3.Connection], threads: list[_ConnectionThread]
+) -> None:
+    """Close what an object left open that nobody refers to any more."""
+    for connection in list(connections):
+        connection.close()
+    for thread in list(threads):
+        thread.stop()
+
+
+@atexit.register
+def _close_at_exit() -> None:
+    """Close what was forgotten, so that the WAL is folded in; never wait long."""
+    for database in list(_databases):
+        database.shut(timeout=0.5)
+
+
+# -- Blocking calls and Ctrl-C --
+
+_operating: set[int] = set()
+"""Threads inside a blocking call; no exception should be thrown at these."""
+
+_undo: dict[int, Callable[[], None]] = {}
+"""By thread: how to give back what the call under way has claimed."""
+
+
+class _Interrupts:
+    """Records SIGINT in the main thread, from construction to `restore()`."""
+
+    current: _Interrupts | None = None
+
+    def __init__(self) -> None:
+        self.pending = False
+        self.previous: Any = None
+        if threading.get_ident() == threading.main_thread().ident:
+            handler = signal.getsignal(signal.SIGINT)
+            if callable(handler):
+                _Interrupts.current = self
+                self.previous = handler
+                signal.signal(signal.SIGINT, self._record)
+
+    def _record(self, _number: int, _frame: object) -> None:
+        self.pending = True
+
+    def check(self) -> None:
+        """Do now what the recorded signal asks for, usually raise."""
+        if self.pending:
+            self.pending = False
+            self.previous(signal.SIGINT, None)
+
+    def restore(self) -> None:
+        if self.previous is not None:
+            _Interrupts.current = None
+            signal.signal(signal.SIGINT, self.previous)
+            self.check()
+
+
+def _check_interrupts() -> None:
+    """Raise a recorded Ctrl-C, where nothing is half done."""
+    current = _Interrupts.current
+    if current is not None and threading.get_ident() == threading.main_thread().ident:
+        current.check()
+
+
+def _in_main_thread() -> bool:
+    return _Interrupts.current is not None and (
+        threading.get_ident() == threading.main_thread().ident
+    )
+
+
+def _shielded(call: Callable[[], T]) -> T:
+    """Make a blocking call whose outcome is known before a Ctrl-C is raised.
+
+    No call may come between `restore()`, where a Ctrl-C of the meantime is
+    raised, and `return`: one that arrived there could lose a claim.
+    """
+    ident = threading.get_ident()
+    if ident in _operating:
+        raise RuntimeError(
+            "a blocking call cannot be made inside another one of the same thread"
+            " (from a signal handler or a serializer); set a flag and call later"
+        )
+    undo: Callable[[], None] | None = None
+    interrupts = _Interrupts()
+    try:
+        try:
+            _operating.add(ident)
+            value = call()
+        finally:
+            undo = _undo.pop(ident, None)
+            _operating.discard(ident)
+            interrupts.restore()
+        return value
+    except BaseException:
+        if undo is not None:
+            _shielded(undo)
+        raise
+
+
+def _drive(
+    method: Callable[P, Coroutine[Any, Any, T]], *args: P.args, **kwargs: P.kwargs
+) -> T:
+    """Run a coroutine over a direct gateway to its end in this thread.
+
+    It never suspends, because nothing below it awaits a loop.
+    """
+    coroutine = method(*args, **kwargs)
+    try:
+        coroutine.send(None)
+    except StopIteration as stop:
+        return cast(T, stop.value)
+    coroutine.close()
+    raise RuntimeError("a blocking call was suspended; this is a bug in omniq_sqlite")
+
+
+# -- The two gateways --
+
+
+class _Gateway(Protocol):
+    """What the classes above need: a write, a read, a wait and a close."""
+
+    database: _Database
+
+    async def write(
+        self, operation: _Operation[T], *, undo: Callable[[T], None] | None = None
+    ) -> T:
+        """Commit an operation; `undo` takes a result whose caller has gone."""
+        ...
+
+    def submit(self, operation: _Operation[Any]) -> None:
+        """Commit an operation that nobody waits for; a failure is logged."""
+        ...
+
+    async def read(self, function: Callable[[sqlite3.Connection], T]) -> T: ...
+
+    async def wait(
+        self, seen: int, timeout: float | None, due: float | None = None
+    ) -> None:
+        """Return when something was committed since `seen`, or at the latest then.
+
+        `timeout`: seconds; `due`: the time on the clock; `None`: never. May
+        return early: look again. Read `seen` (`watch.generation`) before looking.
+        """
+        ...
+
+    async def open(self) -> None: ...
+    async def close(self) -> None: ...
+
+
+class _DirectGateway:
+    """Runs everything in the calling thread. Used by the blocking twins."""
+
+    def __init__(self, database: _Database) -> None:
+        self.database = database
+
+    async def write(
+        self, operation: _Operation[T], *, undo: Callable[[T], None] | None = None
+    ) -> T:
+        request = _Request(operation)
+        self._serve_until_done(request)
+        result = request.outcome()
+        if undo is not None and threading.get_ident() in _operating:
+            _undo[threading.get_ident()] = partial(undo, result)
+        return result
+
+    def _serve_until_done(self, request: _Request[Any]) -> None:
+        """Wait for the leader, or lead: commit groups until ours is among them.
+
+        Leadership is passed on in every case, also when an exception is thrown
+        into this thread; the second `finally` covers one that hits the first.
+        """
+        database = self.database
+        try:
+            try:
+                with database.queue_lock:
+                    database.check_open()
+                    database.pending.append(request)
+                    if database.leader is None:
+                        database.leader = request
+                    else:
+                        request.wake = threading.Event()
+                while not request.done:
+                    if database.leader is request:
+                        database.serve()
+                    else:
+                        self._follow(request)
+            finally:
+                self._leave(request)
+        finally:
+            self._leave(request)
+
+    @staticmethod
+    def _follow(request: _Request[Any]) -> None:
+        assert request.wake is not None
+        if not _in_main_thread():
+            request.wake.wait()
+            return
+        request.wake.wait(_INTERRUPT_INTERVAL)
+        if not request.taken:
+            _check_interrupts()
+
+    def _leave(self, request: _Request[Any]) -> None:
+        """Withdraw what was not taken; make the next in line the leader."""
+        database = self.database
+        with database.queue_lock:
+            if not request.done and not request.taken and request in database.pending:
+                database.pending.remove(request)
+            if database.leader is request:
+                waiting = (r for r in database.pending if r.wake is not None)
+                database.leader = next(waiting, None)
+            leader = database.leader
+        if isinstance(leader, _Request) and leader.wake is not None:
+            leader.wake.set()
+
+    def submit(self, operation: _Operation[Any]) -> None:
+        try:
+            self._serve_until_done(request := _Request(operation))
+            request.outcome()
+        except OmniQError as error:
+            logger.warning("a write that nobody waits for failed: %s", error)
+
+    async def read(self, function: Callable[[sqlite3.Connection], T]) -> T:
+        return self.database.read(function)
+
+    async def wait(
+        self, seen: int, timeout: float | None, due: float | None = None
+    ) -> None:
+        event = threading.Event()
+        waiter = _Waiter(due, event.set)
+        watch = self.database.watch
+        if not watch.register(waiter, seen):
+            return
+        leading = False
+        try:
+            leading = watch.take_over()
+            self._wait(event, timeout, leading)
+        finally:
+            watch.unregister(waiter)
+            if leading:
+                watch.hand_over()
+
+    def _wait(
+        self, event: threading.Event, timeout: float | None, leading: bool
+    ) -> None:
+        """Wait in slices: short ones to poll, middling ones to see a Ctrl-C."""
+        limit = None if timeout is None else time.monotonic() + timeout
+        slice_length: float | None = None
+        if leading:
+            slice_length = POLL_INTERVAL
+        elif _in_main_thread():
+            slice_length = _INTERRUPT_INTERVAL
+        while not event.is_set():
+            _check_interrupts()
+            if leading:
+                self.database.watch.poll()
+            left = None if limit is None else limit - time.monotonic()
+            if left is not None and left <= 0:
+                return
+            if left is None or slice_length is None:
+                event.wait(slice_length if left is None else left)
+            else:
+                event.wait(min(slice_length, left))
+
+    async def open(self) -> None:
+        self.database.check_open()
+        with self.database.writer:
+            pass
+
+    async def close(self) -> None:
+        self.database.shut(self.database.options.busy_timeout)
+
+
+def _nothing() -> None:
+    """Do nothing."""
+
+
+class _NoFuture:
+    """Stands where aiosqlite expects a future, and needs no event loop.
+
+    aiosqlite delivers each outcome through the loop of a future; if that loop
+    was closed in the meantime its thread dies, and every later call hangs. Our
+    functions deliver their own outcomes, so there is nothing to do here.
+    """
+
+    def get_loop(self) -> Self:
+        return self
+
+    def call_soon_threadsafe(self, *_: object) -> None:
+        pass
+
+
+class _ConnectionThread:
+    """The thread of one aiosqlite connection, for whole functions at a time.
+
+    aiosqlite has no public call for "run this function there"; `_put` is the
+    one place that uses its queue. A test runs against the oldest and the newest
+    supported version. The thread is a daemon: one that is not keeps a program
+    from exiting that forgot to close.
+    """
+
+    def __init__(self, connector: Callable[[], sqlite3.Connection]) -> None:
+        self._connection = aiosqlite.Connection(connector, iter_chunk_size=64)
+        self._lock = threading.Lock()
+        self.outstanding = 0
+        # aiosqlite 0.22 has a thread, older ones are one.
+        thread = getattr(self._connection, "_thread", self._connection)
+        self._thread: threading.Thread = cast(threading.Thread, thread)
+        self._thread.daemon = True
+        self._thread.start()
+
+    def submit(self, function: Callable[[], None]) -> None:
+        """Queue a function that raises nothing."""
+        with self._lock:
+            self.outstanding += 1
+        self._put(partial(self._run, function))
+
+    def _put(self, function: Callable[[], object]) -> None:
+        self._connection._tx.put_nowait((cast(Any, _NoFuture()), function))
+
+    def _run(self, function: Callable[[], None]) -> None:
+        try:
+            function()
+        finally:
+            with self._lock:
+                self.outstanding -= 1
+
+    def stop(self) -> None:
+        """End the thread behind what was submitted; wait for it if it is idle."""
+        if hasattr(self._connection, "stop"):  # aiosqlite 0.22
+            self._put(lambda: aiosqlite.core._STOP_RUNNING_SENTINEL)
+        else:
+            cast(Any, self._connection)._stop_running()
+        if self.outstanding == 0 and self._thread is not threading.current_thread():
+            self._thread.join(timeout=1.0)
+
+
+class _AsyncGateway:
+    """Runs transactions and reads on the threads of aiosqlite connections.
+
+    It belongs to no event loop: each call is answered in the loop it came from,
+    so two `asyncio.run` in a row, or two loops in two threads, use one object.
+    """
+
+    def __init__(self, database: _Database) -> None:
+        self.database = database
+        self._direct = _DirectGateway(database)  # for `:memory:`, see `write`
+        self._writer: _ConnectionThread | None = None
+        self._watcher: _ConnectionThread | None = None
+        self._readers: list[_ConnectionThread] = []
+
+    async def write(
+        self, operation: _Operation[T], *, undo: Callable[[T], None] | None = None
+    ) -> T:
+        if self.database.memory:  # microseconds under a lock: no thread is needed
+            return await self._direct.write(operation)
+        loop = _running_loop()
+        future: asyncio.Future[_Request[T]] = loop.create_future()
+        self._enlist(_Request(operation, _Delivery(loop, future, undo)))
+        try:
+            return (await future).outcome()
+        except asyncio.CancelledError:
+            if undo is not None and future.done() and not future.cancelled():
+                _undo_request(future.result(), undo)
+            raise
+
+    def _enlist(self, request: _Request[Any]) -> None:
+        """Queue a request and see that the writer's thread serves it.
+
+        Nothing is awaited here: a caller that is cancelled before its request is
+        queued has asked for nothing, and afterwards it is the delivery's turn.
+        """
+        database = self.database
+        with database.gate:  # not while a fork is under way
+            with database.queue_lock:
+                database.check_open()
+                database.pending.append(request)
+                idle = database.leader is None
+                if idle:
+                    database.leader = self
+            if idle:
+                self._writer = self._running(self._writer)
+                self._writer.submit(self._serve)
+
+    def _serve(self) -> None:
+        """Commit groups until nothing waits; on the writer's thread."""
+        database = self.database
+        while True:
+            try:
+                database.serve()
+            except BaseException:
+                logger.exception("the writer of %r failed", database.path)
+                with database.queue_lock:
+                    database.leader = None
+                return
+            with database.queue_lock:
+                if not database.pending:
+                    database.leader = None
+                    return
+
+    def submit(self, operation: _Operation[Any]) -> None:
+        if self.database.memory:
+            self._direct.submit(operation)
+            return
+        try:
+            self._enlist(_Request(operation, _Delivery(None, None, None)))
+        except StorageClosedError as error:
+            logger.warning("a write that nobody waits for failed: %s", error)
+
+    async def read(self, function: Callable[[sqlite3.Connection], T]) -> T:
+        database = self.database
+        database.check_open()
+        if database.memory:
+            return database.read(function)
+        loop = _running_loop()
+        future: asyncio.Future[T] = loop.create_future()
+
+        def run() -> None:
+            try:
+                result = database.read(function)
+            except BaseException as error:
+                _call_soon(loop, _set_exception, future, error)
+            else:
+                _call_soon(loop, _set_result, future, result)
+
+        with database.gate:  # a fork in between would end the thread
+            self._reader().submit(run)
+        return await future
+
+    def _reader(self) -> _ConnectionThread:
+        """Return the reader with the least to do; start one if all are busy."""
+        alive = self.database.threads
+        self._readers = [t for t in self._readers if t in alive]
+        best = min(self._readers, key=lambda t: t.outstanding, default=None)
+        full = len(self._readers) >= self.database.options.readers
+        if best is not None and (best.outstanding == 0 or full):
+            return best
+        self._readers.append(self._running(None))
+        return self._readers[-1]
+
+    def _running(self, thread: _ConnectionThread | None) -> _ConnectionThread:
+        """Return this thread, or a new one where a fork has ended it."""
+        if thread is not None and thread in self.database.threads:
+            return thread
+        thread = _ConnectionThread(partial(self.database.connect, writable=True))
+        self.database.threads.append(thread)
+        return thread
+
+    async def wait(
+        self, seen: int, timeout: float | None, due: float | None = None
+    ) -> None:
+        loop = _running_loop()
+        future: asyncio.Future[None] = loop.create_future()
+        waiter = _Waiter(due, partial(_call_soon, loop, _set_result, future, None))
+        watch = self.database.watch
+        self.database.check_open()
+        if not watch.register(waiter, seen):
+            return
+        timers = []
+        if timeout is not None:
+            timers.append(loop.call_later(timeout, _set_result, future, None))
+        if self.database.memory and due is not None:
+            timers.append(loop.call_later(POLL_INTERVAL, _set_result, future, None))
+        try:
+            if not self.database.memory:
+                self._start_watching()
+            await future
+        finally:
+            for timer in timers:
+                timer.cancel()
+            watch.unregister(waiter)
+
+    def _start_watching(self) -> None:
+        with self.database.gate:
+            if self.database.watch.take_over():
+                self._watcher = self._running(self._watcher)
+                self._watcher.submit(self._keep_watching)
+
+    def _keep_watching(self) -> None:
+        """Poll for as long as anybody waits; on the watcher's thread."""
+        watch = self.database.watch
+        while True:
+            watch.poll()
+            time.sleep(POLL_INTERVAL)
+            with watch.lock:
+                if not watch.waiters:
+                    watch.polled = False
+                    return
+
+    async def open(self) -> None:
+        _running_loop()
+        await self.write(_Operation(_no_statement, flush=False))
+
+    async def close(self) -> None:
+        """Close on the writer's thread, behind everything that was asked for."""
+        database = self.database
+        if database.closed_reason is not None:
+            return
+        timeout = database.options.busy_timeout
+        if database.memory or not database.threads:
+            database.shut(timeout)
+            return
+        loop = _running_loop()
+        future: asyncio.Future[None] = loop.create_future()
+
+        def shut() -> None:
+            database.shut(timeout)
+            _call_soon(loop, _set_result, future, None)
+
+        with database.gate:
+            self._running(None).submit(shut)
+        await future
+
+
+def _no_statement(_connection: sqlite3.Connection) -> None:
+    """Open the database by an operation that does nothing."""
+
+
+def _running_loop() -> asyncio.AbstractEventLoop:
+    try:
+        return asyncio.get_running_loop()
+    except RuntimeError:
+        raise RuntimeError(
+            "the Async classes need a running asyncio event loop, because aiosqlite"
+            " does; under trio or without a loop use the blocking twin (in a thread)"
+        ) from None
+
+
+def _call_soon(loop: asyncio.AbstractEventLoop, *call: Any) -> bool:
+    """Call in a loop from any thread; `False` if that loop was closed."""
+    try:
+        loop.call_soon_threadsafe(*call)
+    except RuntimeError:
+        return False
+    return True
+
+
+def _set_result(future: asyncio.Future[Any], result: Any) -> None:
+    if not future.done():
+        future.set_result(result)
+
+
+def _set_exception(future: asyncio.Future[Any], error: BaseException) -> None:
+    if not future.done():
+        future.set_exception(error)
+
+
+class _Delivery(Generic[T]):
+    """Brings an outcome to the loop that waits for it, or undoes it.
+
+    Called on the connection's thread; never by a task of some caller, which
+    could be cancelled and leave the others of its group waiting. Without a loop
+    nobody waits, and a failure is only logged.
+    """
+
+    __slots__ = ("future", "loop", "undo_result")
+
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop | None,
+        future: asyncio.Future[_Request[T]] | None,
+        undo: Callable[[T], None] | None,
+    ) -> None:
+        self.loop = loop
+        self.future = future
+        self.undo_result = undo
+
+    def arrive(self, request: _Request[T]) -> None:
+        if self.future is None or self.future.done():  # the caller has gone
+            self.undo(request)
+        else:
+            self.future.set_result(request)
+
+    def undo(self, request: _Request[T]) -> None:
+        if self.undo_result is not None:
+            _undo_request(request, self.undo_result)
+        elif self.loop is None and request.error is not None:
+            logger.warning("a write that nobody waits for failed: %s", request.error)
+
+
+def _arrive(requests: list[_Request[Any]]) -> None:
+    for request in requests:
+        assert request.delivery is not None
+        request.delivery.arrive(request)
+
+
+def _undo_request(request: _Request[T], undo: Callable[[T], None]) -> None:
+    if request.error is None:
+        undo(cast(T, request.result))
+
+
+# =============================================================================
+# Queue
+# =============================================================================
+#
+# Each method prepares its values, hands one operation to the gateway and reads
+# the outcome. What happened to tasks is noted while the operation runs; with
+# the event log on the same file the notes become rows of the same transaction,
+# elsewhere they are logged after the commit.
+
+_SETTLE_LIMIT = 500  # tasks that time has changed, in one transaction
+_NOTE_WORKER_INTERVAL = 10.0  # seconds between two notes that a worker was seen
+_FORGET_WORKER_AFTER = 86_400.0  # seconds
+
+_Execute = Callable[..., sqlite3.Cursor]
+
+
+@dataclass(frozen=True, slots=True)
+class _Note:
+    """Something that an operation did to a task; becomes an event."""
+
+    type: EventType
+    task_id: str
+    queue: str
+    worker: str | None = None
+    message: str = ""
+    details: dict[str, Any] = field(default_factory=dict)
+
+    def parameters(self, now: float) -> dict[str, Any]:
+        return {
+            "at": now,
+            "type": self.type,
+            "task_id": self.task_id,
+            "queue": self.queue,
+            "worker": self.worker,
+            "message": self.message,
+            "details": _to_json(self.details) if self.details else "{}",
+        }
+
+    def event(self, now: float) -> TaskEvent:
+        at = datetime.fromtimestamp(now, timezone.utc)
+        return TaskEvent(
+            self.type,
+            self.task_id,
+            self.queue,
+            self.message,
+            self.details,
+            self.worker,
+            at,
+        )
+
+
+class _AsyncStorage:
+    """What the async storages share: a gateway, opening, closing, pickling."""
+
+    _component: str
+    _gateway: _Gateway
+    _serializer: Serializer
+    _arguments: dict[str, Any]
+    _owned = True
+    """Whether closing this object closes the connections; a backend's parts share."""
+
+    def _set_up(
+        self, gateway: _Gateway, serializer: str | Serializer, arguments: dict[str, Any]
+    ) -> None:
+        self._gateway = gateway
+        self._serializer = _find_serializer(serializer)
+        self._arguments = arguments
+
+    @property
+    def path(self) -> str:
+        """The absolute path of the file, or ":memory:"."""
+        return self._gateway.database.path
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.path!r})"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        if self.path == ":memory:":
+            raise TypeError(f"{type(self).__name__} on ':memory:' cannot be pickled")
+        return _rebuild, (type(self), self.path, self._arguments)
+
+    async def close(self) -> None:
+        """Close the connections; what was asked for before is finished first."""
+        if self._owned:
+            await self._gateway.close()
+
+    async def __aenter__(self) -> Self:
+        await self._gateway.open()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    def __enter__(self) -> Self:
+        """Check and create the file where no loop runs."""
+        _refuse_loop(self)
+        _shielded(partial(_drive, _DirectGateway(self._gateway.database).open))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        _refuse_loop(self)
+        if self._owned:
+            database = self._gateway.database
+            _shielded(partial(database.shut, database.options.busy_timeout))
+
+
+def _refuse_loop(storage: object) -> None:
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return
+    raise RuntimeError(
+        f"'with {type(storage).__name__}' would block the running event loop;"
+        " use 'async with'"
+    )
+
+
+def _is_event_log_of(events: object, path: str) -> bool:
+    """Tell whether an event storage is ours and on this very file."""
+    if not isinstance(events, _AsyncStorage) or events._component != "events":
+        return False
+    if ":memory:" in (path, events.path):
+        return False
+    return os.path.realpath(events.path) == os.path.realpath(path)
+
+
+def _rebuild(cls: Callable[..., T], path: str, arguments: dict[str, Any]) -> T:
+    return cls(path, **arguments)
+
+
+def _error_text(error: str | BaseException) -> str:
+    """Return what is kept of an error: its type and message, shortened."""
+    if isinstance(error, BaseException):
+        message = str(error)
+        name = type(error).__name__
+        error = f"{name}: {message}" if message else name
+    _check(isinstance(error, str), "error", "a string or an exception", error)
+    return _clean_text(error)
+
+
+def _check_task(task: object, name: str = "task") -> Task:
+    if not isinstance(task, Task):
+        raise TypeError(f"{name} must be a Task, not {type(task).__name__}")
+    return task
+
+
+def _check_lease(task: object) -> Task:
+    task = _check_task(task)
+    if task.lease_id is None:
+        raise LeaseLostError([task.id])
+    return task
+
+
+def _queue_names(queues: QueueNames) -> tuple[str, ...]:
+    """Return the queues of a claim in order of preference, each once."""
+    names = (queues,) if isinstance(queues, str) else tuple(queues)
+    _check(len(names) > 0, "queues", "a name or a sequence of names", queues)
+    for name in names:
+        _check_text("queues", name)
+    return tuple(dict.fromkeys(names))
+
+
+def _retry_delay(task: Task) -> float:
+    """Seconds before the next attempt: doubled at each, ±10 %, at most an hour."""
+    doublings = min(max(task.attempt - 1, 0), 62)
+    delay = task.retry_delay * 2.0**doublings
+    return min(delay * random.uniform(0.9, 1.1), MAX_RETRY_DELAY)
+
+
+def _text(value: Any) -> str:
+    """Return text that a caller's connection may hand out as bytes."""
+    return value if isinstance(value, str) else bytes(value).decode()
+
+
+def _settle(
+    execute: _Execute, seqs: Sequence[int], now: float, notes: list[_Note]
+) -> int:
+    """End what time has ended among these tasks, and free what may run."""
+    if not seqs:
+        return 0
+    listed = _to_json(list(seqs))
+    rows = execute(SELECT_BEFORE_SETTLING, {"seqs": listed}).fetchall()
+    before = {row[0]: row[1:] for row in rows}
+    settled = execute(SETTLE, {"seqs": listed, "now": now}).fetchall()
+    for seq, status, error in settled:
+        task_id, queue, old, worker = before[seq]
+        who = (_text(task_id), _text(queue), worker and _text(worker))
+        if _text(old) == "running":
+            notes.append(_Note(EventType.LEASE_LOST, *who, _text(error)))
+        if _text(status) == "failed":
+            notes.append(_Note(EventType.FAILED, *who, _text(error)))
+        if _text(status) == "expired":
+            notes.append(_Note(EventType.EXPIRED, *who))
+    return len(settled)
+
+
+def _insert(
+    execute: _Execute, row: dict[str, Any], now: float, notes: list[_Note]
+) -> str:
+    """Add a task, unless a live one holds its key; return the id that is there."""
+    try:
+        execute(INSERT_TASK, row)
+    except sqlite3.IntegrityError:
+        holder = _key_holder(execute, row["queue"], row["unique_key"], now, notes)
+        if holder is not None:
+            return holder
+        try:
+            execute(INSERT_TASK, row)
+        except sqlite3.IntegrityError as error:
+            raise DuplicateTaskError(row["id"]) from error
+    notes.append(_Note(EventType.ENQUEUED, row["id"], row["queue"]))
+    return cast(str, row["id"])
+
+
+def _key_holder(
+    execute: _Execute, queue: str, key: str | None, now: float, notes: list[_Note]
+) -> str | None:
+    """Return the task that holds a key, after settling one that is over."""
+    if key is None:
+        return None
+    parameters = {"queue": queue, "unique_key": key}
+    for _ in range(2):
+        rows = execute(SELECT_KEY_HOLDER, parameters).fetchall()
+        if not rows:
+            return None
+        [(holder, seq, due_at)] = rows
+        if due_at is None or due_at > now:
+            return bytes(holder).decode()
+        _settle(execute, [seq], now, notes)
+    rows = execute(SELECT_KEY_HOLDER, parameters).fetchall()
+    return bytes(rows[0][0]).decode() if rows else None
+
+
+def _insert_many(
+    cursor: sqlite3.Cursor,
+    rows: Sequence[dict[str, Any]],
+    now: float,
+    notes: list[_Note],
+) -> list[str]:
+    """Add tasks in one statement, or one by one where a key or an id is taken."""
+    if len(rows) == 1:
+        return [_insert(cursor.execute, rows[0], now, notes)]
+    cursor.execute("SAVEPOINT omniq_many")
+    try:
+        cursor.executemany(INSERT_TASK, rows)
+    except sqlite3.IntegrityError:
+        cursor.execute("ROLLBACK TO omniq_many")
+        ids = [_insert(cursor.execute, row, now, notes) for row in rows]
+    else:
+        ids = [row["id"] for row in rows]
+        notes += [_Note(EventType.ENQUEUED, row["id"], row["queue"]) for row in rows]
+    cursor.execute("RELEASE omniq_many")
+    return ids
+
+
+@dataclass(slots=True)
+class _Claimed:
+    """The outcome of a claim."""
+
+    tasks: list[Task]
+    notes: list[_Note]
+    next_due: float | None = None
+    more: bool = False
+    """Whether another look is worth it at once: more was due than one takes."""
+
+
+class _Claim(_Operation[_Claimed]):
+    """Claim up to `limit` tasks of some queues, after settling what is due."""
+
+    def __init__(
+        self,
+        queue: AsyncSQLiteQueue,
+        names: tuple[str, ...],
+        limit: int,
+        lease: float,
+        worker: str | None,
+    ) -> None:
+        super().__init__(self._claim_all, flush=False)
+        self.queue = queue
+        self.names = names
+        self.limit = limit
+        self.lease = lease
+        self.worker = worker
+        self.claim_id = os.urandom(12).hex()
+        # Where to claim, and whether something is due there; until a look all.
+        self.plan = [(name, True) for name in names]
+        self.next_due: float | None = None
+
+    def look(self, connection: sqlite3.Connection) -> bool:
+        now = self.queue._clock()
+        self.plan = []
+        self.next_due = None
+        for name in self.names:
+            [row] = connection.execute(LOOK, {"queue": name}).fetchall()
+            ready, paused, due_at = row
+            if paused:
+                continue
+            due = due_at is not None and due_at <= now
+            if ready or due:
+                self.plan.append((name, due))
+            elif due_at is not None and (
+                self.next_due is None or due_at < self.next_due
+            ):
+                self.next_due = due_at
+        return bool(self.plan)
+
+    def idle(self) -> _Claimed:
+        return _Claimed([], [], self.next_due)
+
+    def must_flush(self, result: _Claimed) -> bool:
+        return any(task.attempt >= task.max_attempts for task in result.tasks)
+
+    def _claim_all(self, connection: sqlite3.Connection) -> _Claimed:
+        claimed = _Claimed([], [], self.next_due)
+        now = self.queue._clock()
+        for name, due in self.plan:
+            if len(claimed.tasks) >= self.limit:
+                break
+            if due:
+                self._settle_due(connection, name, now, claimed)
+            self._claim(connection, name, now, claimed)
+        self.queue._log_inside(connection, claimed.notes, now)
+        return claimed
+
+    @staticmethod
+    def _settle_due(
+        connection: sqlite3.Connection, name: str, now: float, claimed: _Claimed
+    ) -> None:
+        parameters = {"queue": name, "now": now, "limit": _SETTLE_LIMIT}
+        due = [seq for (seq,) in connection.execute(SELECT_DUE, parameters).fetchall()]
+        _settle(connection.execute, due, now, claimed.notes)
+        claimed.more |= len(due) == _SETTLE_LIMIT
+
+    def _claim(
+        self, connection: sqlite3.Connection, name: str, now: float, claimed: _Claimed
+    ) -> None:
+        parameters = {
+            "queue": name,
+            "limit": self.limit - len(claimed.tasks),
+            "now": now,
+            "claim_id": self.claim_id,
+            "lease_until": now + self.lease,
+            "worker": self.worker,
+        }
+        rows = connection.execute(CLAIM, parameters).fetchall()
+        rows.sort(key=lambda row: (-row[8], row[0]))  # RETURNING has no order
+        for row in rows:
+            try:
+                task = _task_from_row(row, self.queue._serializer)
+            except SerializationError as error:
+                self._bury(connection, row, now, error, claimed)
+                continue
+            claimed.tasks.append(task)
+            details = {"attempt": task.attempt}
+            claimed.notes.append(
+                _Note(EventType.DEQUEUED, task.id, name, self.worker, details=details)
+            )
+
+    @staticmethod
+    def _bury(
+        connection: sqlite3.Connection,
+        row: Row,
+        now: float,
+        error: SerializationError,
+        claimed: _Claimed,
+    ) -> None:
+        """A task that cannot be read fails at once; others must not wait behind."""
+        message = _error_text(error)
+        parameters = {
+            "id": row[1],
+            "lease_id": row[18],
+            "retry": False,
+            "run_at": None,
+            "now": now,
+            "error": message,
+        }
+        connection.execute(FAIL, parameters).fetchall()
+        claimed.notes.append(_Note(EventType.FAILED, row[1], row[2], None, message))
+        claimed.more = True
+
+
+class AsyncSQLiteQueue(_AsyncStorage):
+    """A task queue in an SQLite file, for asyncio.
+
+    Opens at first use; `async with` opens at once and closes at the end.
+
+    `path`: the file, created where missing (readable by its owner only), or
+    ":memory:". `synchronous`: "FULL" survives a power cut, "NORMAL" a crash of
+    the process. `busy_timeout`: seconds that a write waits for other writers.
+    `serializer`: "json" or an object with `dumps` and `loads` of JSON text.
+    `events`: an event storage that gets an event for each change of a task; in
+    the same transaction when it is on the same file. `retention`: seconds that
+    completed tasks are kept. `allow_network_fs`: open files on what looks like
+    a network file system. `clock`: the time of day in unix seconds. `readers`:
+    read connections at the most.
+
+    Raises: on every call `StorageClosedError` after `close()`,
+    `DatabaseBusyError` when other writers held the file for `busy_timeout`, and
+    the other errors of this module that say what is wrong with the file.
+    """
+
+    _component = "queue"
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        synchronous: str = "FULL",
+        busy_timeout: float = DEFAULT_BUSY_TIMEOUT,
+        serializer: str | Serializer = "json",
+        events: AsyncEventStorage | None = None,
+        retention: float = 0.0,
+        allow_network_fs: bool = False,
+        clock: Callable[[], float] = time.time,
+        readers: int = DEFAULT_READERS,
+    ) -> None:
+        arguments = {
+            "synchronous": synchronous,
+            "busy_timeout": busy_timeout,
+            "serializer": serializer,
+            "events": events,
+            "retention": retention,
+            "allow_network_fs": allow_network_fs,
+            "clock": clock,
+            "readers": readers,
+        }
+        options = _Options(
+            _absolute(path), synchronous, busy_timeout, allow_network_fs, clock, readers
+        )
+        inside = _is_event_log_of(events, options.path)
+        components = ["queue", "events"] if inside else ["queue"]
+        gateway = _AsyncGateway(_Database(options, components))
+        self._set_up(gateway, serializer, arguments)
+        self._set_up_queue(retention, events, inside=inside)
+
+    def _set_up_queue(
+        self, retention: float, events: AsyncEventStorage | None, *, inside: bool
+    ) -> None:
+        _check_number("retention", retention)
+        self._retention = float(retention)
+        self._events = events
+        self._events_inside = inside
+        self._noted: dict[str, float] = {}
+
+    @classmethod
+    def _over(
+        cls,
+        gateway: _Gateway,
+        serializer: str | Serializer,
+        arguments: dict[str, Any],
+        retention: float,
+        events: AsyncEventStorage | None,
+    ) -> Self:
+        """Make a queue that shares a backend's connections."""
+        self = cls.__new__(cls)
+        self._owned = False
+        self._set_up(gateway, serializer, arguments)
+        inside = "events" in gateway.database.components and events is not None
+        self._set_up_queue(retention, events, inside=inside)
+        return self
+
+    # -- Shared by the methods --
+
+    def _clock(self) -> float:
+        return self._gateway.database.options.clock()
+
+    def _log_inside(
+        self, connection: sqlite3.Connection, notes: Sequence[_Note], now: float
+    ) -> None:
+        if self._events_inside and notes:
+            connection.executemany(INSERT_EVENT, [n.parameters(now) for n in notes])
+
+    async def _log_outside(self, notes: Sequence[_Note], now: float) -> None:
+        """Log what was committed to an event log elsewhere; never fail for it."""
+        if self._events is None or self._events_inside or not notes:
+            return
+        try:
+            await self._events.log_many([note.event(now) for note in notes])
+        except Exception:
+            logger.warning("could not log %d task events", len(notes), exc_info=True)
+
+    async def _write(
+        self,
+        run: Callable[[sqlite3.Connection, list[_Note], float], T],
+        *,
+        flush: bool = True,
+    ) -> T:
+        """Commit `run(connection, notes, now)` and log what it noted."""
+        notes: list[_Note] = []
+        now = self._clock()
+
+        def run_and_log(connection: sqlite3.Connection) -> T:
+            notes.clear()
+            result = run(connection, notes, now)
+            self._log_inside(connection, notes, now)
+            return result
+
+        result = await self._gateway.write(_Operation(run_and_log, flush=flush))
+        await self._log_outside(notes, now)
+        return result
+
+    async def _rows(self, statement: str, parameters: Mapping[str, Any]) -> list[Row]:
+        def fetch(connection: sqlite3.Connection) -> list[Row]:
+            return connection.execute(statement, parameters).fetchall()
+
+        return await self._gateway.read(fetch)
+
+    # -- In --
+
+    async def enqueue(self, task: Task, *, delay: float = 0.0) -> str:
+        """Add a task and return its id, or the id of the live one with its key.
+
+        Durable when it returns. `delay`: seconds before it may run. One
+        transaction.
+
+        Raises: `DuplicateTaskError` if the id exists; `SerializationError`.
+        """
+        _check_number("delay", delay)
+        [task_id] = await self._enqueue([_check_task(task)], delay)
+        return task_id
+
+    async def enqueue_many(self, tasks: Iterable[Task]) -> list[str]:
+        """Add tasks in one transaction, all or nothing, and return their ids.
+
+        Raises: `DuplicateTaskError`, `SerializationError`; then none was added.
+        """
+        checked = [_check_task(task, "tasks") for task in tasks]
+        return await self._enqueue(checked, 0.0) if checked else []
+
+    async def _enqueue(self, tasks: Sequence[Task], delay: float) -> list[str]:
+        rows = self._rows_of(tasks, delay)
+        return await self._write(
+            lambda connection, notes, now: _insert_many(
+                connection.cursor(), rows, now, notes
+            )
+        )
+
+    def _rows_of(self, tasks: Sequence[Task], delay: float) -> list[dict[str, Any]]:
+        now = self._clock()
+        return [_task_parameters(t, self._serializer, now, delay) for t in tasks]
+
+    async def enqueue_on(
+        self, connection: sqlite3.Connection | aiosqlite.Connection, *tasks: Task
+    ) -> list[str]:
+        """Add tasks inside the caller's own transaction and return their ids.
+
+        `connection` is open on the same file. The tasks are committed or rolled
+        back with the caller's rows; they stand under one savepoint. Without an
+        open transaction a connection in `sqlite3`'s legacy mode gets a BEGIN
+        IMMEDIATE. Missing tables are created in that transaction.
+
+        Raises: `ValueError` in autocommit mode without a transaction, for a
+        connection to another file or of another thread; `DatabaseBusyError` at
+        once when the transaction's snapshot is too old: roll back, begin again.
+        """
+        if isinstance(connection, aiosqlite.Connection):
+            execute = cast(Any, connection)._execute  # on the thread that it belongs to
+            ids = await execute(self._enqueue_on, connection._conn, tasks)
+            return cast(list[str], ids)
+        return self._enqueue_on(connection, tasks)
+
+    def _enqueue_on(
+        self, connection: sqlite3.Connection, tasks: Sequence[Task]
+    ) -> list[str]:
+        database = self._gateway.database
+        database.check_open()
+        rows = self._rows_of([_check_task(task) for task in tasks], 0.0)
+        try:
+            cursor = _foreign_cursor(connection, database)
+            began = _begin_foreign(connection, cursor)
+            try:
+                return self._insert_on(cursor, rows)
+            except BaseException:
+                if began and connection.in_transaction:
+                    cursor.execute("ROLLBACK")
+                raise
+        except sqlite3.Error as error:
+            raise _translate_foreign(error, database) from error
+
+    def _insert_on(
+        self, cursor: sqlite3.Cursor, rows: Sequence[dict[str, Any]]
+    ) -> list[str]:
+        database, now = self._gateway.database, self._clock()
+        notes: list[_Note] = []
+        if _has_wal_reset_bug(sqlite3.sqlite_version_info):
+            cursor.execute("PRAGMA main.wal_autocheckpoint = 0").fetchall()
+        cursor.execute("SAVEPOINT omniq")
+        try:
+            migrate(cursor.connection, database.components, database.path)
+            ids = _insert_many(cursor, rows, now, notes) if rows else []
+            if self._events_inside:
+                cursor.executemany(INSERT_EVENT, [n.parameters(now) for n in notes])
+        except BaseException:
+            if cursor.connection.in_transaction:
+                cursor.execute("ROLLBACK TO omniq")
+                cursor.execute("RELEASE omniq")
+            raise
+        cursor.execute("RELEASE omniq")
+        return ids
+
+    # -- Out --
+
+    async def dequeue(
+        self,
+        queues: QueueNames = "default",
+        *,
+        timeout: float | None = 0.0,
+        lease: float = DEFAULT_LEASE,
+        worker: str | None = None,
+    ) -> Task | None:
+        """Claim the next task, or return `None` after `timeout` seconds.
+
+        `queues`: a name, or names in order of preference; a preferred queue wins
+        over any priority in a later one. `timeout`: `None` waits for ever.
+        `lease`: seconds until the claim ends by itself. `worker`: a name for the
+        claim, shown by `list_workers()`. A claim whose caller was cancelled is
+        given back at once.
+        """
+        tasks = await self.dequeue_many(
+            1, queues, timeout=timeout, lease=lease, worker=worker
+        )
+        return tasks[0] if tasks else None
+
+    async def dequeue_many(
+        self,
+        limit: int,
+        queues: QueueNames = "default",
+        *,
+        timeout: float | None = 0.0,
+        lease: float = DEFAULT_LEASE,
+        worker: str | None = None,
+    ) -> list[Task]:
+        """Claim up to `limit` tasks in one transaction; return when there is one.
+
+        Empty after `timeout` seconds. The parameters are those of `dequeue`.
+        """
+        _check_integer("limit", limit, minimum=1)
+        _check_number("timeout", timeout, optional=True)
+        _check_number("lease", lease, minimum=0.001)
+        _check_text("worker", worker, optional=True)
+        names = _queue_names(queues)
+        limit_at = None if timeout is None else time.monotonic() + timeout
+        while True:
+            self._note_worker(worker, names)
+            seen = self._gateway.database.watch.generation
+            claimed = await self._claim(_Claim(self, names, limit, lease, worker))
+            if claimed.tasks:
+                return claimed.tasks
+            left = None if limit_at is None else limit_at - time.monotonic()
+            if claimed.more:
+                continue
+            if left is not None and left <= 0:
+                return []
+            if worker is not None:
+                left = min(_NOTE_WORKER_INTERVAL, math.inf if left is None else left)
+            await self._gateway.wait(seen, left, claimed.next_due)
+
+    async def _claim(self, claim: _Claim) -> _Claimed:
+        claimed = await self._gateway.write(claim, undo=self._give_back)
+        try:
+            await self._log_outside(claimed.notes, self._clock())
+        except BaseException:
+            self._give_back(claimed)
+            raise
+        return claimed
+
+    def _give_back(self, claimed: _Claimed) -> None:
+        """Return the tasks of a claim whose caller has gone, unharmed.
+
+        Queued, not awaited: the caller was cancelled and would be again.
+        """
+        tasks = claimed.tasks
+        if not tasks:
+            return
+
+        def run(connection: sqlite3.Connection) -> None:
+            notes: list[_Note] = []
+            for task in tasks:
+                parameters = {"id": task.id, "lease_id": task.lease_id, "run_at": None}
+                if connection.execute(RELEASE, parameters).fetchall():
+                    note = _Note(
+                        EventType.RELEASED, task.id, task.queue, task.worker, "given up"
+                    )
+                    notes.append(note)
+            self._log_inside(connection, notes, self._clock())
+
+        self._gateway.submit(_Operation(run, flush=False))
+
+    def _note_worker(self, worker: str | None, names: Sequence[str]) -> None:
+        """Let others see that this worker lives, every ten seconds."""
+        if worker is None or not self._note_is_due(worker):
+            return
+        parameters = {
+            "name": worker,
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "queues": _to_json(list(names)),
+            "now": self._clock(),
+        }
+
+        def run(connection: sqlite3.Connection) -> None:
+            connection.execute(UPSERT_WORKER, parameters)
+
+        self._gateway.submit(_Operation(run, flush=False))
+
+    def _note_is_due(self, worker: str) -> bool:
+        now = time.monotonic()
+        due = now - self._noted.get(worker, -math.inf) >= _NOTE_WORKER_INTERVAL
+        if due:
+            self._noted[worker] = now
+        return due
+
+    # -- Ends of a claim --
+
+    async def complete(self, task: Task) -> None:
+        """End a task as done; its row is deleted, or kept for `retention` seconds.
+
+        Raises: `LeaseLostError` when the claim is no longer yours.
+        """
+        _check_lease(task)
+        await self._write(
+            lambda connection, notes, now: self._complete(connection, task, notes, now)
+        )
+
+    def _complete(
+        self, connection: sqlite3.Connection, task: Task, notes: list[_Note], now: float
+    ) -> None:
+        if self._retention:
+            done = self._complete_all(connection, [task], notes, now)
+        else:
+            parameters = {"id": task.id, "lease_id": task.lease_id}
+            rows = connection.execute(DELETE_COMPLETED_ONE, parameters).fetchall()
+            done = {task_id for (task_id,) in rows}
+            if done:
+                notes.append(self._note_of(EventType.COMPLETED, task))
+        if not done:
+            raise LeaseLostError([task.id])
+
+    async def complete_many(self, tasks: Iterable[Task]) -> None:
+        """End tasks as done in one transaction.
+
+        Raises: `LeaseLostError` with the `task_ids` whose claim is no longer
+        yours, after the others were completed.
+        """
+        checked = [_check_task(task, "tasks") for task in tasks]
+        if not checked:
+            return
+        done = await self._write(
+            lambda connection, notes, now: self._complete_all(
+                connection, checked, notes, now
+            )
+        )
+        lost = [task.id for task in checked if task.id not in done]
+        if lost:
+            raise LeaseLostError(lost)
+
+    def _complete_all(
+        self,
+        connection: sqlite3.Connection,
+        tasks: Sequence[Task],
+        notes: list[_Note],
+        now: float,
+    ) -> set[str]:
+        parameters: dict[str, Any] = {
+            "ids": _to_json([task.id for task in tasks]),
+            "lease_ids": _to_json([task.lease_id for task in tasks]),
+        }
+        statement = DELETE_COMPLETED
+        if self._retention:
+            statement = KEEP_COMPLETED
+            parameters |= {"now": now, "keep_until": now + self._retention}
+        rows = connection.execute(statement, parameters).fetchall()
+        done = {task_id for (task_id,) in rows}
+        for task in tasks:
+            if task.id in done:
+                notes.append(self._note_of(EventType.COMPLETED, task))
+        return done
+
+    @staticmethod
+    def _note_of(
+        kind: EventType, task: Task, message: str = "", **details: Any
+    ) -> _Note:
+        details["attempt"] = task.attempt
+        return _Note(kind, task.id, task.queue, task.worker, message, details)
+
+    async def fail(
+        self,
+        task: Task,
+        error: str | BaseException,
+        *,
+        retry: bool = True,
+        delay: float | None = None,
+    ) -> TaskStatus:
+        """End an attempt as failed; return `SCHEDULED` (runs again) or `FAILED`.
+
+        It runs again while attempts remain and `retry` is true, after `delay`
+        seconds or, with `None`, after the task's backoff. Failed tasks are kept
+        until purged.
+
+        Raises: `LeaseLostError` when the claim is no longer yours.
+        """
+        _check_lease(task)
+        _check_number("delay", delay, optional=True)
+        text = _error_text(error)
+        seconds = _retry_delay(task) if delay is None else delay
+        return await self._write(
+            lambda connection, notes, now: self._fail(
+                connection, task, text, notes, now, retry=retry, delay=seconds
+            )
+        )
+
+    def _fail(
+        self,
+        connection: sqlite3.Connection,
+        task: Task,
+        error: str,
+        notes: list[_Note],
+        now: float,
+        *,
+        retry: bool,
+        delay: float,
+    ) -> TaskStatus:
+        parameters = {
+            "id": task.id,
+            "lease_id": task.lease_id,
+            "retry": bool(retry),
+            "run_at": now + delay,
+            "now": now,
+            "error": error,
+        }
+        rows = connection.execute(FAIL, parameters).fetchall()
+        if not rows:
+            raise LeaseLostError([task.id])
+        status = TaskStatus(rows[0][0])
+        if status is TaskStatus.FAILED:
+            notes.append(self._note_of(EventType.FAILED, task, error))
+        else:
+            notes.append(self._note_of(EventType.RETRY, task, error, delay=delay))
+        return status
+
+    async def release(self, task: Task, *, delay: float = 0.0) -> None:
+        """Give a task back unharmed, for `delay` seconds; the attempt is not counted.
+
+        Raises: `LeaseLostError` when the claim is no longer yours.
+        """
+        _check_lease(task)
+        _check_number("delay", delay)
+
+        def run(connection: sqlite3.Connection, notes: list[_Note], now: float) -> None:
+            run_at = now + delay if delay > 0 else None
+            parameters = {"id": task.id, "lease_id": task.lease_id, "run_at": run_at}
+            if not connection.execute(RELEASE, parameters).fetchall():
+                raise LeaseLostError([task.id])
+            notes.append(self._note_of(EventType.RELEASED, task))
+
+        await self._write(run, flush=False)
+
+    async def extend(
+        self, task: Task, lease: float = DEFAULT_LEASE, *, progress: Any = None
+    ) -> Task:
+        """Set the lease to end in `lease` seconds and return the task with it.
+
+        `progress`: stored with the task; `None` keeps what is there.
+
+        Raises: `LeaseLostError` when the claim is no longer yours: stop working.
+        """
+        _check_lease(task)
+        _check_number("lease", lease, minimum=0.001)
+        text = None
+        if progress is not None:
+            text = _dump(self._serializer, "progress", progress)
+        seen = task.worker is not None and self._note_is_due(task.worker)
+
+        def run(connection: sqlite3.Connection, _: list[_Note], now: float) -> float:
+            parameters = {
+                "id": task.id,
+                "lease_id": task.lease_id,
+                "lease_until": now + lease,
+                "progress": text,
+            }
+            if not connection.execute(EXTEND, parameters).fetchall():
+                raise LeaseLostError([task.id])
+            if seen:
+                connection.execute(TOUCH_WORKER, {"name": task.worker, "now": now})
+            return now + lease
+
+        until = _from_unix(await self._write(run, flush=False))
+        kept = task.progress if progress is None else progress
+        return replace(task, lease_until=until, progress=kept)
+
+    async def reclaim(self, worker: str) -> int:
+        """End the leases of a worker that is gone; return how many there were.
+
+        Its tasks can be claimed at once, with the attempt counted.
+        """
+        _check_text("worker", worker)
+
+        def run(connection: sqlite3.Connection, notes: list[_Note], now: float) -> int:
+            rows = connection.execute(END_LEASES, {"worker": worker}).fetchall()
+            connection.execute(DELETE_WORKER, {"name": worker})
+            return _settle(connection.execute, [seq for (seq,) in rows], now, notes)
+
+        self._noted.pop(worker, None)
+        return await self._write(run)
+
+    # -- From outside --
+
+    async def cancel(self, task_id: str) -> bool:
+        """Cancel a live task; return whether this call did.
+
+        Scheduled or pending, it never runs. Running, its next `extend` or
+        `complete` raises `LeaseLostError`; its key is free at once.
+        """
+        _check(isinstance(task_id, str), "task_id", "a string", task_id)
+
+        def run(connection: sqlite3.Connection, notes: list[_Note], now: float) -> bool:
+            parameters = {"id": _clean_text(task_id), "now": now}
+            return _note_rows(connection, CANCEL, parameters, "cancelled", notes) > 0
+
+        return await self._write(run)
+
+    async def cancel_all(
+        self,
+        *,
+        queue: str | None = None,
+        func: str | None = None,
+        status: str | None = None,
+    ) -> int:
+        """Cancel every live task that matches; return how many. One transaction."""
+        _check_filters(queue, func)
+        _check_choice("status", status, TaskStatus)
+        chosen = {"queue": queue, "func": func, "status": status}
+
+        def run(connection: sqlite3.Connection, notes: list[_Note], now: float) -> int:
+            parameters = chosen | {"now": now}
+            return _note_rows(connection, CANCEL_ALL, parameters, "cancelled", notes)
+
+        return await self._write(run)
+
+    async def retry(self, task_id: str) -> bool:
+        """Let a failed, cancelled or expired task run again; return whether it does.
+
+        It starts with fresh attempts; an `expires_at` that has passed is dropped.
+
+        Raises: `DuplicateTaskError` while another task holds its key.
+        """
+        _check(isinstance(task_id, str), "task_id", "a string", task_id)
+        return await self._write(
+            lambda connection, notes, now: _retry(
+                connection, _clean_text(task_id), notes, now
+            )
+        )
+
+    async def retry_all(
+        self, *, queue: str | None = None, func: str | None = None
+    ) -> int:
+        """Let every ended task that matches run again; return how many do.
+
+        Completed ones do not, nor those whose key is held. One transaction.
+        """
+        _check_filters(queue, func)
+        chosen = {"queue": queue, "func": func}
+
+        def run(connection: sqlite3.Connection, notes: list[_Note], now: float) -> int:
+            rows = connection.execute(SELECT_ALL_RETRYABLE, chosen).fetchall()
+            count = 0
+            for (task_id,) in rows:
+                with contextlib.suppress(DuplicateTaskError):
+                    count += _retry(connection, task_id, notes, now)
+            return count
+
+        return await self._write(run)
+
+    async def pause(self, queue: str) -> None:
+        """Let a queue hand out nothing, in every process, until `resume()`."""
+        _check_text("queue", queue)
+
+        def run(connection: sqlite3.Connection, _: list[_Note], now: float) -> None:
+            connection.execute(INSERT_PAUSE, {"queue": queue, "now": now})
+
+        await self._write(run)
+
+    async def resume(self, queue: str) -> None:
+        """Let a paused queue hand out tasks again."""
+        _check_text("queue", queue)
+
+        def run(connection: sqlite3.Connection, _: list[_Note], now: float) -> None:
+            connection.execute(DELETE_PAUSE, {"queue": queue})
+
+        await self._write(run)
+
+    async def purge(
+        self,
+        *,
+        queue: str | None = None,
+        status: str | None = None,
+        older_than: float | None = None,
+    ) -> int:
+        """Delete ended tasks and return how many; live ones only by their `status`.
+
+        `older_than`: seconds since the end. One transaction.
+        """
+        _check_filters(queue, None)
+        _check_choice("status", status, TaskStatus)
+        _check_number("older_than", older_than, optional=True)
+
+        def run(connection: sqlite3.Connection, _: list[_Note], now: float) -> int:
+            before = None if older_than is None else now - older_than
+            parameters = {"queue": queue, "status": status, "before": before}
+            return len(connection.execute(PURGE_TASKS, parameters).fetchall())
+
+        return await self._write(run)
+
+    # -- Reads --
+
+    async def get_task(self, task_id: str) -> Task | None:
+        """Return a task as it stands, or `None`."""
+        _check(isinstance(task_id, str), "task_id", "a string", task_id)
+        rows = await self._rows(SELECT_TASK, {"id": _clean_text(task_id)})
+        return _task_from_row(rows[0], self._serializer) if rows else None
+
+    async def list_tasks(
+        self,
+        *,
+        queue: str | None = None,
+        status: str | None = None,
+        func: str | None = None,
+        unique_key: str | None = None,
+        limit: int = 100,
+        offset: int = 0,
+    ) -> list[Task]:
+        """Return the tasks that match, in order of insertion.
+
+        Status as stored: what time has changed shows after the next claim or
+        `cleanup()`.
+        """
+        _check_filters(queue, func)
+        _check_choice("status", status, TaskStatus)
+        _check_text("unique_key", unique_key, optional=True)
+        _check_integer("limit", limit)
+        _check_integer("offset", offset)
+        parameters = {
+            "queue": queue,
+            "status": status,
+            "func": func,
+            "unique_key": unique_key,
+            "limit": limit,
+            "offset": offset,
+        }
+        rows = await self._rows(SELECT_TASKS, parameters)
+        return [_task_from_row(row, self._serializer) for row in rows]
+
+    async def count_tasks(
+        self, *, queue: str | None = None, status: str | None = None
+    ) -> int:
+        """Return how many tasks match."""
+        _check_filters(queue, None)
+        _check_choice("status", status, TaskStatus)
+        rows = await self._rows(COUNT_TASKS, {"queue": queue, "status": status})
+        return int(rows[0][0])
+
+    async def stats(self) -> list[QueueStats]:
+        """Return the number of tasks in each status, for each queue by name."""
+
+        def fetch(connection: sqlite3.Connection) -> tuple[list[Row], list[Row]]:
+            counts = connection.execute(SELECT_STATS).fetchall()
+            return counts, connection.execute(SELECT_PAUSES).fetchall()
+
+        counts, pauses = await self._gateway.read(fetch)
+        return _stats_from_rows(counts, {name for (name,) in pauses})
+
+    async def list_queues(self) -> list[str]:
+        """Return the names of the queues that hold tasks or are paused."""
+        return [name for (name,) in await self._rows(SELECT_QUEUES, {})]
+
+    async def list_workers(self) -> list[WorkerInfo]:
+        """Return the consumers that gave a name to `dequeue`, as last seen."""
+        return [
+            WorkerInfo(
+                name,
+                host,
+                pid,
+                tuple(json.loads(queues)),
+                cast(datetime, _from_unix(started_at)),
+                cast(datetime, _from_unix(seen_at)),
+                running,
+            )
+            for name, host, pid, queues, started_at, seen_at, running in (
+                await self._rows(SELECT_WORKERS, {})
+            )
+        ]
+
+    # -- Upkeep, for the backend --
+
+    async def _clean_up(self) -> dict[str, int]:
+        """Settle what is due, delete what was kept long enough; in small steps."""
+        settled = 0
+        for (name,) in await self._rows(SELECT_DUE_QUEUES, {"now": self._clock()}):
+            settled += await self._settle_queue(name)
+        deleted = 0
+        while True:
+            count = await self._write(_delete_kept)
+            deleted += count
+            if count < _SETTLE_LIMIT:
+                return {"settled": settled, "tasks": deleted}
+
+    async def _settle_queue(self, name: str) -> int:
+        def run(connection: sqlite3.Connection, notes: list[_Note], now: float) -> int:
+            parameters = {"queue": name, "now": now, "limit": _SETTLE_LIMIT}
+            rows = connection.execute(SELECT_DUE, parameters).fetchall()
+            return _settle(connection.execute, [seq for (seq,) in rows], now, notes)
+
+        settled = 0
+        while True:
+            count = await self._write(run)
+            settled += count
+            if count < _SETTLE_LIMIT:
+                return settled
+
+
+def _delete_kept(connection: sqlite3.Connection, _: list[_Note], now: float) -> int:
+    before = {"before": now - _FORGET_WORKER_AFTER}
+    connection.execute(DELETE_OLD_WORKERS, before)
+    parameters = {"now": now, "limit": _SETTLE_LIMIT}
+    return len(connection.execute(DELETE_KEPT, parameters).fetchall())
+
+
+def _check_filters(queue: str | None, func: str | None) -> None:
+    _check_text("queue", queue, optional=True)
+    _check_text("func", func, optional=True)
+
+
+def _note_rows(
+    connection: sqlite3.Connection,
+    statement: str,
+    parameters: Mapping[str, Any],
+    kind: str,
+    notes: list[_Note],
+) -> int:
+    """Execute a statement that returns (id, queue) and note each; count them."""
+    rows = connection.execute(statement, parameters).fetchall()
+    notes += [_Note(EventType(kind), task_id, queue) for task_id, queue in rows]
+    return len(rows)
+
+
+def _retry(
+    connection: sqlite3.Connection, task_id: str, notes: list[_Note], now: float
+) -> bool:
+    rows = connection.execute(SELECT_RETRYABLE, {"id": task_id}).fetchall()
+    if not rows:
+        return False
+    [(queue, unique_key)] = rows
+    if _key_holder(connection.execute, queue, unique_key, now, notes) is not None:
+        raise DuplicateTaskError(task_id, unique_key)
+    parameters = {"id": task_id, "now": now}
+    return _note_rows(connection, RETRY, parameters, "retry", notes) > 0
+
+
+def _stats_from_rows(counts: Sequence[Row], paused: set[str]) -> list[QueueStats]:
+    found: dict[str, dict[str, Any]] = {name: {} for name in paused}
+    for queue, status, count, oldest in counts:
+        values = found.setdefault(queue, {})
+        values[status] = count
+        if status == "pending":
+            values["oldest_pending_at"] = _from_unix(oldest)
+    return [
+        QueueStats(queue, paused=queue in paused, **values)
+        for queue, values in sorted(found.items())
+    ]
+
+
+# -- The caller's own connection --
+
+
+def _foreign_cursor(
+    connection: sqlite3.Connection, database: _Database
+) -> sqlite3.Cursor:
+    """Return a cursor on the caller's connection, which must be to our file.
+
+    Its rows are plain tuples whatever the connection's row factory is, and
+    neither factory is touched. The connection may be of a subclass.
+    """
+    if not isinstance(connection, sqlite3.Connection):
+        raise TypeError(
+            "connection must be a sqlite3.Connection, not " + type(connection).__name__
+        )
+    try:
+        cursor = sqlite3.Connection.cursor(connection)
+        cursor.row_factory = None
+        rows = cursor.execute("PRAGMA database_list").fetchall()
+    except sqlite3.ProgrammingError as error:  # closed, or of another thread
+        raise ValueError(f"connection cannot be used here: {error}") from error
+    file = next((row[2] for row in rows if _text(row[1]) == "main"), "")
+    same = False
+    if file and not database.memory:
+        with contextlib.suppress(OSError):
+            same = os.path.samefile(os.fsdecode(file), database.path)
+    if not same:
+        raise ValueError(
+            f"connection must be open on {database.path!r}, not on {_text(file)!r}"
+        )
+    return cursor
+
+
+def _begin_foreign(connection: sqlite3.Connection, cursor: sqlite3.Cursor) -> bool:
+    """See that a transaction is open; return whether this call began it."""
+    if connection.in_transaction:
+        return False
+    legacy = getattr(connection, "autocommit", -1) == -1  # Python 3.12 has it
+    if not legacy or connection.isolation_level is None:
+        raise ValueError(
+            "connection is in autocommit mode without a transaction; begin one first"
+        )
+    cursor.execute("BEGIN IMMEDIATE")
+    return True
+
+
+def _translate_foreign(error: sqlite3.Error, database: _Database) -> BaseException:
+    if _is_busy(error):
+        detail = "roll your transaction back and begin it again with BEGIN IMMEDIATE"
+        return DatabaseBusyError(database.path, 0.0, detail)
+    return database.translate(error)
+
+
+# =============================================================================
+# Results
+# =============================================================================
+
+
+def _result_parameters(
+    result: TaskResult, serializer: Serializer, now: float, ttl: float | None
+) -> dict[str, Any]:
+    """Return the parameters of `UPSERT_RESULT`."""
+    if not isinstance(result, TaskResult):
+        raise TypeError(f"result must be a TaskResult, not {type(result).__name__}")
+    kept = ttl is not None and math.isfinite(ttl)
+    return {
+        "task_id": result.task_id,
+        "status": result.status,
+        "value": _dump(serializer, "value", result.value),
+        "error": None if result.error is None else _clean_text(result.error),
+        "error_type": None
+        if result.error_type is None
+        else _clean_text(result.error_type, 1_000),
+        "traceback": None
+        if result.traceback is None
+        else _clean_text(result.traceback, _MAX_TRACEBACK_LENGTH),
+        "started_at": _to_unix(result.started_at),
+        "finished_at": _to_unix(result.finished_at),
+        "worker": result.worker,
+        "attempt": result.attempt,
+        "claim": result.claim,
+        "metadata": _dump(serializer, "metadata", dict(result.metadata)),
+        "stored_at": now,
+        "expires_at": now + ttl if kept and ttl is not None else None,
+    }
+
+
+_MAX_TRACEBACK_LENGTH = 50_000  # characters
+
+
+def _result_from_row(row: Row, serializer: Serializer) -> TaskResult:
+    where = f"result of task {row[0]}: "
+    try:
+        return TaskResult(
+            row[0],
+            ResultStatus(row[1]),
+            _load(serializer, where + "value", row[2]),
+            error=row[3],
+            error_type=row[4],
+            traceback=row[5],
+            started_at=_from_unix(row[6]),
+            finished_at=_from_unix(row[7]),
+            worker=row[8],
+            attempt=row[9],
+            metadata=_load(serializer, where + "metadata", row[10]),
+            claim=row[11],
+        )
+    except (TypeError, ValueError, OverflowError, OSError) as problem:
+        if isinstance(problem, SerializationError):
+            raise
+        raise SerializationError(where.rstrip(": "), str(problem)) from problem
+
+
+def _check_ttl(ttl: float | None) -> None:
+    if ttl != math.inf:
+        _check_number("ttl", ttl, optional=True)
+
+
+class AsyncSQLiteResultStorage(_AsyncStorage):
+    """A store for the results of tasks in an SQLite file, for asyncio.
+
+    `ttl`: seconds that a result is kept, `None` for ever. The other parameters
+    are those of `AsyncSQLiteQueue`.
+    """
+
+    _component = "results"
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        ttl: float | None = DEFAULT_RESULT_TTL,
+        synchronous: str = "FULL",
+        busy_timeout: float = DEFAULT_BUSY_TIMEOUT,
+        serializer: str | Serializer = "json",
+        allow_network_fs: bool = False,
+        clock: Callable[[], float] = time.time,
+        readers: int = DEFAULT_READERS,
+    ) -> None:
+        arguments = {
+            "ttl": ttl,
+            "synchronous": synchronous,
+            "busy_timeout": busy_timeout,
+            "serializer": serializer,
+            "allow_network_fs": allow_network_fs,
+            "clock": clock,
+            "readers": readers,
+        }
+        options = _Options(
+            _absolute(path), synchronous, busy_timeout, allow_network_fs, clock, readers
+        )
+        gateway = _AsyncGateway(_Database(options, [self._component]))
+        self._set_up(gateway, serializer, arguments)
+        _check_ttl(ttl)
+        self._ttl = ttl
+
+    @classmethod
+    def _over(
+        cls,
+        gateway: _Gateway,
+        serializer: str | Serializer,
+        arguments: dict[str, Any],
+        ttl: float | None,
+    ) -> Self:
+        """Make a result storage that shares a backend's connections."""
+        self = cls.__new__(cls)
+        self._owned = False
+        self._set_up(gateway, serializer, arguments)
+        _check_ttl(ttl)
+        self._ttl = ttl
+        return self
+
+    def _clock(self) -> float:
+        return self._gateway.database.options.clock()
+
+    def _row_of(self, result: TaskResult, ttl: float | None = None) -> dict[str, Any]:
+        life = self._ttl if ttl is None else ttl
+        return _result_parameters(result, self._serializer, self._clock(), life)
+
+    async def store(self, result: TaskResult, *, ttl: float | None = None) -> None:
+        """Store a result; it replaces one of the same task, unless that is newer.
+
+        `ttl`: seconds that it is kept, `math.inf` for ever, `None` for the
+        storage's own.
+
+        Raises: `SerializationError` naming the place in the value.
+        """
+        _check_ttl(ttl)
+        await self._store([self._row_of(result, ttl)])
+
+    async def store_many(self, results: Iterable[TaskResult]) -> None:
+        """Store results in one transaction, all or nothing."""
+        rows = [self._row_of(result) for result in results]
+        if rows:
+            await self._store(rows)
+
+    async def _store(self, rows: Sequence[dict[str, Any]]) -> None:
+        def run(connection: sqlite3.Connection) -> None:
+            connection.executemany(UPSERT_RESULT, rows)
+
+        await self._gateway.write(_Operation(run))
+
+    async def get(self, task_id: str) -> TaskResult | None:
+        """Return the result of a task, or `None`; it stays there."""
+        _check(isinstance(task_id, str), "task_id", "a string", task_id)
+        return (await self.get_many([task_id])).get(task_id)
+
+    async def get_many(self, ids: Iterable[str]) -> dict[str, TaskResult]:
+        """Return the results that there are, by task id."""
+        wanted = [i for i in ids if isinstance(i, str) and _storable(i)]
+        if not wanted:
+            return {}
+        parameters = {"ids": _to_json(wanted), "now": self._clock()}
+
+        def fetch(connection: sqlite3.Connection) -> list[Row]:
+            return connection.execute(SELECT_RESULTS_BY_ID, parameters).fetchall()
+
+        rows = await self._gateway.read(fetch)
+        return {row[0]: _result_from_row(row, self._serializer) for row in rows}
+
+    async def wait(self, task_id: str, *, timeout: float | None = None) -> TaskResult:
+        """Return the result of a task once it is there.
+
+        Wakes within milliseconds of a commit by any process. `timeout`: seconds.
+
+        Raises: `TimeoutError`.
+        """
+        _check_number("timeout", timeout, optional=True)
+        limit = None if timeout is None else time.monotonic() + timeout
+        while True:
+            seen = self._gateway.database.watch.generation
+            result = await self.get(task_id)
+            if result is not None:
+                return result
+            left = None if limit is None else limit - time.monotonic()
+            if left is not None and left <= 0:
+                raise TimeoutError(f"no result of task {task_id!r} after {timeout} s")
+            await self._gateway.wait(seen, left)
+
+    async def delete(self, task_id: str) -> bool:
+        """Delete the result of a task; return whether there was one."""
+        _check(isinstance(task_id, str), "task_id", "a string", task_id)
+        parameters = {"task_id": _clean_text(task_id)}
+        now = self._clock()
+
+        def run(connection: sqlite3.Connection) -> bool:
+            rows = connection.execute(DELETE_RESULT, parameters).fetchall()
+            return any(end is None or end > now for (end,) in rows)
+
+        return await self._gateway.write(_Operation(run))
+
+    async def list_results(
+        self, *, status: str | None = None, limit: int = 100, offset: int = 0
+    ) -> list[TaskResult]:
+        """Return results in the order in which their tasks first ended."""
+        _check_choice("status", status, ResultStatus)
+        _check_integer("limit", limit)
+        _check_integer("offset", offset)
+        parameters = {
+            "status": status,
+            "limit": limit,
+            "offset": offset,
+            "now": self._clock(),
+        }
+
+        def fetch(connection: sqlite3.Connection) -> list[Row]:
+            return connection.execute(SELECT_RESULTS, parameters).fetchall()
+
+        rows = await self._gateway.read(fetch)
+        return [_result_from_row(row, self._serializer) for row in rows]
+
+    async def purge(self, *, older_than: float | None = None) -> int:
+        """Delete expired results, or also those older; return how many.
+
+        `older_than`: seconds since they were stored.
+        """
+        _check_number("older_than", older_than, optional=True)
+        now = self._clock()
+        if older_than is None:
+            return await _in_steps(self._gateway, PURGE_EXPIRED_RESULTS, {"now": now})
+        parameters = {"now": now, "before": now - older_than}
+
+        def run(connection: sqlite3.Connection) -> int:
+            return len(connection.execute(PURGE_OLD_RESULTS, parameters).fetchall())
+
+        return await self._gateway.write(_Operation(run))
+
+
+_STEP_LIMIT = 1_000  # rows that upkeep deletes in one transaction
+
+
+async def _in_steps(
+    gateway: _Gateway, statement: str, parameters: Mapping[str, Any]
+) -> int:
+    """Delete in transactions of bounded size, so that nobody waits for long."""
+
+    def run(connection: sqlite3.Connection) -> int:
+        limited = {**parameters, "limit": _STEP_LIMIT}
+        return len(connection.execute(statement, limited).fetchall())
+
+    deleted = 0
+    while True:
+        count = await gateway.write(_Operation(run))
+        deleted += count
+        if count < _STEP_LIMIT:
+            return deleted
+
+
+# =============================================================================
+# Events
+# =============================================================================
+
+_FOLLOW_BATCH = 256  # events that a follower reads at once
+
+
+def _event_parameters(event: TaskEvent, serializer: Serializer) -> dict[str, Any]:
+    """Return the parameters of `INSERT_EVENT`."""
+    if not isinstance(event, TaskEvent):
+        raise TypeError(f"event must be a TaskEvent, not {type(event).__name__}")
+    details = dict(event.details)
+    return {
+        "at": _to_unix(event.at),
+        "type": event.type,
+        "task_id": event.task_id,
+        "queue": event.queue,
+        "worker": event.worker,
+        "message": _clean_text(event.message),
+        "details": _dump(serializer, "details", details) if details else "{}",
+    }
+
+
+def _event_from_row(row: Row, serializer: Serializer) -> TaskEvent:
+    event_id, at, kind, task_id, queue, worker, message, details = row
+    where = f"event {event_id}: details"
+    try:
+        return TaskEvent(
+            kind,
+            task_id,
+            queue,
+            message,
+            {} if details == "{}" else _load(serializer, where, details),
+            worker,
+            cast(datetime, _from_unix(at)),
+            str(event_id),
+        )
+    except (TypeError, ValueError, OverflowError, OSError) as problem:
+        if isinstance(problem, SerializationError):
+            raise
+        raise SerializationError(f"event {event_id}", str(problem)) from problem
+
+
+def _cursor_number(after: str | None) -> int:
+    """Return the number behind an event's id."""
+    if after is None:
+        return 0
+    fine = isinstance(after, str) and after.isascii() and after.isdigit()
+    _check(fine and int(after) <= _MAX_INTEGER, "after", "the id of an event", after)
+    return int(after)
+
+
+def _event_filter(
+    task_id: str | None,
+    queue: str | None,
+    type: str | None,  # noqa: A002 -- the contract's name
+    since: datetime | None,
+    until: datetime | None,
+    after: str | None,
+) -> tuple[str, dict[str, Any]]:
+    """Return the way to find these events, and its parameters."""
+    for name, value in (("task_id", task_id), ("queue", queue), ("type", type)):
+        _check_text(name, value, optional=True)
+    _check_instant("since", since)
+    _check_instant("until", until)
+    way = "time" if since is not None else "id"
+    parameters = {
+        "task_id": task_id,
+        "queue": queue,
+        "type": type,
+        "since": _to_unix(since),
+        "until": _to_unix(until),
+        "after": _cursor_number(after),
+    }
+    return ("task" if task_id is not None else way), parameters
+
+
+class AsyncSQLiteEventStorage(_AsyncStorage):
+    """A log of what happened to tasks in an SQLite file, for asyncio.
+
+    `retention`: seconds that events are kept, `None` for ever; a backend's
+    `cleanup()` deletes older ones. The other parameters are those of
+    `AsyncSQLiteQueue`. Pass it as `events=` to a queue that shall log.
+    """
+
+    _component = "events"
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        retention: float | None = DEFAULT_EVENT_RETENTION,
+        synchronous: str = "FULL",
+        busy_timeout: float = DEFAULT_BUSY_TIMEOUT,
+        serializer: str | Serializer = "json",
+        allow_network_fs: bool = False,
+        clock: Callable[[], float] = time.time,
+        readers: int = DEFAULT_READERS,
+    ) -> None:
+        arguments = {
+            "retention": retention,
+            "synchronous": synchronous,
+            "busy_timeout": busy_timeout,
+            "serializer": serializer,
+            "allow_network_fs": allow_network_fs,
+            "clock": clock,
+            "readers": readers,
+        }
+        options = _Options(
+            _absolute(path), synchronous, busy_timeout, allow_network_fs, clock, readers
+        )
+        gateway = _AsyncGateway(_Database(options, [self._component]))
+        self._set_up(gateway, serializer, arguments)
+        _check_number("retention", retention, optional=True)
+        self._retention = retention
+
+    @classmethod
+    def _over(
+        cls,
+        gateway: _Gateway,
+        serializer: str | Serializer,
+        arguments: dict[str, Any],
+        retention: float | None,
+    ) -> Self:
+        """Make an event storage that shares a backend's connections."""
+        self = cls.__new__(cls)
+        self._owned = False
+        self._set_up(gateway, serializer, arguments)
+        _check_number("retention", retention, optional=True)
+        self._retention = retention
+        return self
+
+    async def log(self, event: TaskEvent) -> None:
+        """Add an event."""
+        await self.log_many([event])
+
+    async def log_many(self, events: Iterable[TaskEvent]) -> None:
+        """Add events in one transaction, all or nothing, in this order."""
+        rows = [_event_parameters(event, self._serializer) for event in events]
+        if not rows:
+            return
+
+        def run(connection: sqlite3.Connection) -> None:
+            connection.executemany(INSERT_EVENT, rows)
+
+        await self._gateway.write(_Operation(run))
+
+    async def query(
+        self,
+        *,
+        task_id: str | None = None,
+        queue: str | None = None,
+        type: str | None = None,  # noqa: A002 -- the contract's name
+        since: datetime | None = None,
+        until: datetime | None = None,
+        after: str | None = None,
+        limit: int = 100,
+        newest_first: bool = False,
+    ) -> list[TaskEvent]:
+        """Return the events that match, in the order in which they were logged.
+
+        `since` is inclusive, `until` exclusive; `after`: the id of an event.
+        """
+        _check_integer("limit", limit)
+        way, parameters = _event_filter(task_id, queue, type, since, until, after)
+        statement = SELECT_EVENTS[way, bool(newest_first)]
+        parameters["limit"] = limit
+
+        def fetch(connection: sqlite3.Connection) -> list[Row]:
+            return connection.execute(statement, parameters).fetchall()
+
+        rows = await self._gateway.read(fetch)
+        return [_event_from_row(row, self._serializer) for row in rows]
+
+    async def count(
+        self,
+        *,
+        task_id: str | None = None,
+        queue: str | None = None,
+        type: str | None = None,  # noqa: A002 -- the contract's name
+        since: datetime | None = None,
+        until: datetime | None = None,
+        after: str | None = None,
+    ) -> int:
+        """Return how many events match."""
+        way, parameters = _event_filter(task_id, queue, type, since, until, after)
+
+        def fetch(connection: sqlite3.Connection) -> int:
+            rows = connection.execute(COUNT_EVENTS[way], parameters).fetchall()
+            return int(rows[0][0])
+
+        return await self._gateway.read(fetch)
+
+    def follow(self, *, after: str | None = None) -> AsyncEventFollower:
+        """Return an iterator that waits for new events.
+
+        From this call on, for which it reads the end of the log at once, in the
+        calling thread (some microseconds); or from after the event `after`, where
+        "0" is before the first. `aclose()` ends it.
+        """
+        if after is None:
+            return AsyncEventFollower(self, self._gateway.database.read(_last_event))
+        return AsyncEventFollower(self, _cursor_number(after))
+
+    async def purge(self, *, older_than: float) -> int:
+        """Delete events older than so many seconds; return how many."""
+        _check_number("older_than", older_than)
+        before = self._gateway.database.options.clock() - older_than
+        return await _in_steps(self._gateway, PURGE_EVENTS, {"before": before})
+
+
+def _last_event(connection: sqlite3.Connection) -> int:
+    [(last,)] = connection.execute(SELECT_LAST_EVENT).fetchall()
+    return int(last)
+
+
+class AsyncEventFollower:
+    """Yields events as they are logged, by any process; made by `follow()`.
+
+    A class and not a generator: an abandoned generator is finalised by
+    whichever loop happens to run.
+    """
+
+    def __init__(self, storage: AsyncSQLiteEventStorage, after: int) -> None:
+        self._storage = storage
+        self._after = after
+        self._ready: collections.deque[TaskEvent] = collections.deque()
+        self._closed = False
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> TaskEvent:
+        event = await self._next()
+        if event is None:
+            raise StopAsyncIteration
+        return event
+
+    async def _next(self) -> TaskEvent | None:
+        gateway = self._storage._gateway
+        while not self._closed:
+            if self._ready:
+                return self._ready.popleft()
+            seen = gateway.database.watch.generation
+            events = await self._storage.query(
+                after=str(self._after), limit=_FOLLOW_BATCH
+            )
+            if events:
+                self._after = int(cast(str, events[-1].id))
+                self._ready.extend(events)
+            else:
+                await gateway.wait(seen, None)
+        return None
+
+    async def aclose(self) -> None:
+        """End the iteration, also one that waits at this moment."""
+        self._end()
+
+    def _end(self) -> None:
+        self._closed = True
+        self._storage._gateway.database.watch.ring()
+
+
+# =============================================================================
+# Blocking twins
+# =============================================================================
+#
+# Each has an async object and runs its coroutines: to their end in the calling
+# thread over a direct gateway, or, when made by `from_async`, in the loop of the
+# async object. The methods are written out, so that editors and type checkers
+# see them; a test compares them with the async ones.
+
+A = TypeVar("A", bound="_AsyncStorage")
+
+
+class _Twin(Generic[A]):
+    """What the blocking storages share."""
+
+    _async: A
+    _arguments: dict[str, Any]
+    _token: anyio.lowlevel.EventLoopToken | None = None
+    _loop_thread = 0
+    _detached = False
+
+    @classmethod
+    def _over(cls, storage: A, arguments: dict[str, Any]) -> Self:
+        """Make a twin over an async object that is driven directly."""
+        self = cls.__new__(cls)
+        self._async = storage
+        self._arguments = arguments
+        return self
+
+    def _set_up(self, storage: A, arguments: dict[str, Any]) -> None:
+        storage._gateway = _DirectGateway(storage._gateway.database)
+        self._async = storage
+        self._arguments = arguments
+
+    @classmethod
+    def from_async(cls, storage: A) -> Self:
+        """Return a twin over a live async object, for threads beside its loop.
+
+        Call it where that loop runs; use the twin in any other thread. Closing it
+        leaves the async object open.
+        """
+        self = cls._over(storage, storage._arguments)
+        self._token = _current_token()
+        self._loop_thread = threading.get_ident()
+        return self
+
+    def _check_usable(self) -> None:
+        if self._detached:
+            raise StorageClosedError(self.path)
+
+    def _run(
+        self,
+        method: Callable[P, Coroutine[Any, Any, T]],
+        *args: P.args,
+        **kwargs: P.kwargs,
+    ) -> T:
+        if self._token is None:
+            return _shielded(partial(_drive, method, *args, **kwargs))
+        self._check_usable()
+        return _run_in_loop(
+            self._token, self._loop_thread, partial(method, *args, **kwargs)
+        )
+
+    @property
+    def path(self) -> str:
+        """The absolute path of the file, or ":memory:"."""
+        return self._async.path
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.path!r})"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        if self.path == ":memory:":
+            raise TypeError(f"{type(self).__name__} on ':memory:' cannot be pickled")
+        if self._token is not None:
+            raise TypeError(
+                f"{type(self).__name__} made by from_async() is of one loop"
+            )
+        return _rebuild, (type(self), self.path, self._arguments)
+
+    def close(self) -> None:
+        """Close the connections; what was asked for before is finished first."""
+        if self._token is not None:
+            self._detached = True
+        else:
+            self._run(self._async.close)
+
+    def __enter__(self) -> Self:
+        self._run(self._async._gateway.open)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    async def __aenter__(self) -> Self:
+        return await anyio.to_thread.run_sync(self.__enter__)
+
+    async def __aexit__(self, *_: object) -> None:
+        await anyio.to_thread.run_sync(self.close)
+
+
+def _current_token() -> anyio.lowlevel.EventLoopToken:
+    try:
+        return anyio.lowlevel.current_token()
+    except Exception:  # anyio's own class for this is newer than the oldest anyio
+        raise RuntimeError(
+            "from_async() must be called where the event loop runs"
+        ) from None
+
+
+def _run_in_loop(
+    token: anyio.lowlevel.EventLoopToken,
+    loop_thread: int,
+    call: Callable[[], Coroutine[Any, Any, T]],
+) -> T:
+    if threading.get_ident() == loop_thread:
+        raise RuntimeError(
+            "a twin made by from_async() would block its own event loop here;"
+            " await the async object, or use the twin in another thread"
+        )
+    return anyio.from_thread.run(call, token=token)
+
+
+class _Unblocked:
+    """Gives a blocking storage of another engine the form that the core awaits."""
+
+    def __init__(self, storage: object) -> None:
+        self._storage = storage
+
+    def __getattr__(self, name: str) -> Callable[..., Coroutine[Any, Any, Any]]:
+        method = getattr(self._storage, name)
+
+        async def call(*args: Any, **kwargs: Any) -> Any:
+            return method(*args, **kwargs)
+
+        return call
+
+
+def _unblocked(storage: Any) -> Any:
+    """Return what the core awaits in the place of a blocking storage."""
+    if storage is None:
+        return None
+    if isinstance(storage, _Twin) and storage._token is None:
+        return storage._async
+    if isinstance(storage, _AsyncStorage):
+        raise TypeError(
+            f"a blocking object needs blocking parts, not {type(storage).__name__}"
+        )
+    return _Unblocked(storage)
+
+
+class SQLiteQueue(_Twin[AsyncSQLiteQueue]):
+    """A task queue in an SQLite file; blocking twin of `AsyncSQLiteQueue`.
+
+    The parameters are the same. Any number of threads may use one object, also
+    beside a running event loop.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        synchronous: str = "FULL",
+        busy_timeout: float = DEFAULT_BUSY_TIMEOUT,
+        serializer: str | Serializer = "json",
+        events: EventStorage | None = None,
+        retention: float = 0.0,
+        allow_network_fs: bool = False,
+        clock: Callable[[], float] = time.time,
+        readers: int = DEFAULT_READERS,
+    ) -> None:
+        queue = AsyncSQLiteQueue(
+            path,
+            synchronous=synchronous,
+            busy_timeout=busy_timeout,
+            serializer=serializer,
+            events=_unblocked(events),
+            retention=retention,
+            allow_network_fs=allow_network_fs,
+            clock=clock,
+            readers=readers,
+        )
+        self._set_up(queue, queue._arguments | {"events": events})
+
+    def enqueue(self, task: Task, *, delay: float = 0.0) -> str:
+        """Add a task and return its id, or the id of the live one with its key."""
+        return self._run(self._async.enqueue, task, delay=delay)
+
+    def enqueue_many(self, tasks: Iterable[Task]) -> list[str]:
+        """Add tasks in one transaction, all or nothing, and return their ids."""
+        return self._run(self._async.enqueue_many, tasks)
+
+    def enqueue_on(
+        self, connection: sqlite3.Connection | aiosqlite.Connection, *tasks: Task
+    ) -> list[str]:
+        """Add tasks inside the caller's own transaction and return their ids."""
+        if isinstance(connection, aiosqlite.Connection):
+            raise TypeError("connection must be a sqlite3.Connection here")
+        # In this thread in every case: the connection belongs to it.
+        return self._async._enqueue_on(connection, tasks)
+
+    def dequeue(
+        self,
+        queues: QueueNames = "default",
+        *,
+        timeout: float | None = 0.0,
+        lease: float = DEFAULT_LEASE,
+        worker: str | None = None,
+    ) -> Task | None:
+        """Claim the next task, or return `None` after `timeout` seconds."""
+        return self._run(
+            self._async.dequeue, queues, timeout=timeout, lease=lease, worker=worker
+        )
+
+    def dequeue_many(
+        self,
+        limit: int,
+        queues: QueueNames = "default",
+        *,
+        timeout: float | None = 0.0,
+        lease: float = DEFAULT_LEASE,
+        worker: str | None = None,
+    ) -> list[Task]:
+        """Claim up to `limit` tasks in one transaction; return when there is one."""
+        return self._run(
+            self._async.dequeue_many,
+            limit,
+            queues,
+            timeout=timeout,
+            lease=lease,
+            worker=worker,
+        )
+
+    def complete(self, task: Task) -> None:
+        """End a task as done; its row is deleted, or kept for `retention` seconds."""
+        return self._run(self._async.complete, task)
+
+    def complete_many(self, tasks: Iterable[Task]) -> None:
+        """End tasks as done in one transaction."""
+        return self._run(self._async.complete_many, tasks)
+
+    def fail(
+        self,
+        task: Task,
+        error: str | BaseException,
+        *,
+        retry: bool = True,
+        delay: float | None = None,
+    ) -> TaskStatus:
+        """End an attempt as failed; return `SCHEDULED` (runs again) or `FAILED`."""
+        return self._run(self._async.fail, task, error, retry=retry, delay=delay)
+
+    def release(self, task: Task, *, delay: float = 0.0) -> None:
+        """Give a task back unharmed, for `delay` seconds; the attempt is not counted."""
+        return self._run(self._async.release, task, delay=delay)
+
+    def extend(
+        self, task: Task, lease: float = DEFAULT_LEASE, *, progress: Any = None
+    ) -> Task:
+        """Set the lease to end in `lease` seconds and return the task with it."""
+        return self._run(self._async.extend, task, lease, progress=progress)
+
+    def reclaim(self, worker: str) -> int:
+        """End the leases of a worker that is gone; return how many there were."""
+        return self._run(self._async.reclaim, worker)
+
+    def cancel(self, task_id: str) -> bool:
+        """Cancel a live task; return whether this call did."""
+        return self._run(self._async.cancel, task_id)
+
+    def cancel_all(
+        self,
+        *,
+        queue: str | None = None,
+        func: str | None = None,
+        status: str | None = None,
+    ) -> int:
+        """Cancel every live task that matches; return how many. One transaction."""
+        return self._run(self._async.cancel_all, queue=queue, func=func, status=status)
+
+    def retry(self, task_id: str) -> bool:
+        """Let a failed, cancelled or expired task run again; return whether it does."""
+        return self._run(self._async.retry, task_id)
+
+    def retry_all(self, *, queue: str | None = None, func: str | None = None) -> int:
+        """Let every ended task that matches run again; return how many do."""
+        return self._run(self._async.retry_all, queue=queue, func=func)
+
+    def pause(self, queue: str) -> None:
+        """Let a queue hand out nothing, in every process, until `resume()`."""
+        return self._run(self._async.pause, queue)
+
+    def resume(self, queue: str) -> None:
+        """Let a paused queue hand out tasks again."""
+        return self._run(self._async.resume, queue)
+
+    def purge(
+        self,
+        *,
+        queue: str | None = None,
+        status: str | None = None,
+        older_than: float | None = None,
+    ) -> int:
+        """Delete ended tasks and return how many; live ones only by their `status`."""
+        return self._run(
+            self._async.purge, queue=queue, status=status, older_than=older_than
+        )
+
+    def get_task(self, task_id: str) -> Task | None:
+        """Return a task as it stands, or `None`."""
+        return self._run(self._async.get_task, task_id)
+
+    def list_tasks(
+        self,
+        *,
+        queue: str | None = None,
+        status: str | None = None,
+        func: str | None = None,
+        unique_key: str | None = None,
+        limit: int = 100,
+        offset: int = 0,
+    ) -> list[Task]:
+        """Return the tasks that match, in order of insertion."""
+        return self._run(
+            self._async.list_tasks,
+            queue=queue,
+            status=status,
+            func=func,
+            unique_key=unique_key,
+            limit=limit,
+            offset=offset,
+        )
+
+    def count_tasks(
+        self, *, queue: str | None = None, status: str | None = None
+    ) -> int:
+        """Return how many tasks match."""
+        return self._run(self._async.count_tasks, queue=queue, status=status)
+
+    def stats(self) -> list[QueueStats]:
+        """Return the number of tasks in each status, for each queue by name."""
+        return self._run(self._async.stats)
+
+    def list_queues(self) -> list[str]:
+        """Return the names of the queues that hold tasks or are paused."""
+        return self._run(self._async.list_queues)
+
+    def list_workers(self) -> list[WorkerInfo]:
+        """Return the consumers that gave a name to `dequeue`, as last seen."""
+        return self._run(self._async.list_workers)
+
+
+class SQLiteResultStorage(_Twin[AsyncSQLiteResultStorage]):
+    """A store for results; blocking twin of `AsyncSQLiteResultStorage`."""
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        ttl: float | None = DEFAULT_RESULT_TTL,
+        synchronous: str = "FULL",
+        busy_timeout: float = DEFAULT_BUSY_TIMEOUT,
+        serializer: str | Serializer = "json",
+        allow_network_fs: bool = False,
+        clock: Callable[[], float] = time.time,
+        readers: int = DEFAULT_READERS,
+    ) -> None:
+        results = AsyncSQLiteResultStorage(
+            path,
+            ttl=ttl,
+            synchronous=synchronous,
+            busy_timeout=busy_timeout,
+            serializer=serializer,
+            allow_network_fs=allow_network_fs,
+            clock=clock,
+            readers=readers,
+        )
+        self._set_up(results, results._arguments)
+
+    def store(self, result: TaskResult, *, ttl: float | None = None) -> None:
+        """Store a result; it replaces one of the same task, unless that is newer."""
+        return self._run(self._async.store, result, ttl=ttl)
+
+    def store_many(self, results: Iterable[TaskResult]) -> None:
+        """Store results in one transaction, all or nothing."""
+        return self._run(self._async.store_many, results)
+
+    def get(self, task_id: str) -> TaskResult | None:
+        """Return the result of a task, or `None`; it stays there."""
+        return self._run(self._async.get, task_id)
+
+    def get_many(self, ids: Iterable[str]) -> dict[str, TaskResult]:
+        """Return the results that there are, by task id."""
+        return self._run(self._async.get_many, ids)
+
+    def wait(self, task_id: str, *, timeout: float | None = None) -> TaskResult:
+        """Return the result of a task once it is there."""
+        return self._run(self._async.wait, task_id, timeout=timeout)
+
+    def delete(self, task_id: str) -> bool:
+        """Delete the result of a task; return whether there was one."""
+        return self._run(self._async.delete, task_id)
+
+    def list_results(
+        self, *, status: str | None = None, limit: int = 100, offset: int = 0
+    ) -> list[TaskResult]:
+        """Return results in the order in which their tasks first ended."""
+        return self._run(
+            self._async.list_results, status=status, limit=limit, offset=offset
+        )
+
+    def purge(self, *, older_than: float | None = None) -> int:
+        """Delete expired results, or also those older; return how many."""
+        return self._run(self._async.purge, older_than=older_than)
+
+
+class SQLiteEventStorage(_Twin[AsyncSQLiteEventStorage]):
+    """A log of what happened; blocking twin of `AsyncSQLiteEventStorage`."""
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        retention: float | None = DEFAULT_EVENT_RETENTION,
+        synchronous: str = "FULL",
+        busy_timeout: float = DEFAULT_BUSY_TIMEOUT,
+        serializer: str | Serializer = "json",
+        allow_network_fs: bool = False,
+        clock: Callable[[], float] = time.time,
+        readers: int = DEFAULT_READERS,
+    ) -> None:
+        events = AsyncSQLiteEventStorage(
+            path,
+            retention=retention,
+            synchronous=synchronous,
+            busy_timeout=busy_timeout,
+            serializer=serializer,
+            allow_network_fs=allow_network_fs,
+            clock=clock,
+            readers=readers,
+        )
+        self._set_up(events, events._arguments)
+
+    def log(self, event: TaskEvent) -> None:
+        """Add an event."""
+        return self._run(self._async.log, event)
+
+    def log_many(self, events: Iterable[TaskEvent]) -> None:
+        """Add events in one transaction, all or nothing, in this order."""
+        return self._run(self._async.log_many, events)
+
+    def query(
+        self,
+        *,
+        task_id: str | None = None,
+        queue: str | None = None,
+        type: str | None = None,  # noqa: A002 -- the contract's name
+        since: datetime | None = None,
+        until: datetime | None = None,
+        after: str | None = None,
+        limit: int = 100,
+        newest_first: bool = False,
+    ) -> list[TaskEvent]:
+        """Return the events that match, in the order in which they were logged."""
+        return self._run(
+            self._async.query,
+            task_id=task_id,
+            queue=queue,
+            type=type,
+            since=since,
+            until=until,
+            after=after,
+            limit=limit,
+            newest_first=newest_first,
+        )
+
+    def count(
+        self,
+        *,
+        task_id: str | None = None,
+        queue: str | None = None,
+        type: str | None = None,  # noqa: A002 -- the contract's name
+        since: datetime | None = None,
+        until: datetime | None = None,
+        after: str | None = None,
+    ) -> int:
+        """Return how many events match."""
+        return self._run(
+            self._async.count,
+            task_id=task_id,
+            queue=queue,
+            type=type,
+            since=since,
+            until=until,
+            after=after,
+        )
+
+    def follow(self, *, after: str | None = None) -> EventFollower:
+        """Return an iterator that waits for new events."""
+        self._check_usable()
+        return EventFollower(self, self._async.follow(after=after))
+
+    def purge(self, *, older_than: float) -> int:
+        """Delete events older than so many seconds; return how many."""
+        return self._run(self._async.purge, older_than=older_than)
+
+
+class EventFollower:
+    """Yields events as they are logged, by any process; made by `follow()`."""
+
+    def __init__(
+        self, storage: SQLiteEventStorage, follower: AsyncEventFollower
+    ) -> None:
+        self._storage = storage
+        self._async = follower
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> TaskEvent:
+        event = self._storage._run(self._async._next)
+        if event is None:
+            raise StopIteration
+        return event
+
+    def close(self) -> None:
+        """End the iteration, also one that waits at this moment in another thread."""
+        self._async._end()
+
+
+# =============================================================================
+# Backend
+# =============================================================================
+#
+# Queue, results and events, each on the backend's file, on a file of its own, or
+# any object of that interface. Those on the backend's file share one connection
+# manager, so that ending a task and storing its result is one commit.
+
+Where = bool | str | os.PathLike[str] | None
+"""Where a part is: `True` (the backend's file), a path, `False` (nowhere)."""
+
+_VACUUM_PAGES = 500  # free pages that one cleanup gives back
+_LARGE_WAL = 64 * 2**20  # bytes from which `check()` warns
+_WORKER_STALE_AFTER = 60.0  # seconds without a sign of life
+
+
+def _exception_result(
+    task: Task, error: BaseException, finished_at: datetime
+) -> TaskResult:
+    lines = traceback.format_exception(type(error), error, error.__traceback__)
+    return TaskResult(
+        task.id,
+        ResultStatus.ERROR,
+        error=_clean_text(str(error)),
+        error_type=type(error).__name__,
+        traceback="".join(lines),
+        started_at=task.started_at,
+        finished_at=finished_at,
+        worker=task.worker,
+        attempt=task.attempt,
+        claim=task.claims,
+    )
+
+
+_RESULT_OF_STATUS = {
+    TaskStatus.COMPLETED: (ResultStatus.SUCCESS, None, None),
+    TaskStatus.FAILED: (ResultStatus.ERROR, "", "TaskFailed"),
+    TaskStatus.CANCELLED: (ResultStatus.CANCELLED, "the task was cancelled", None),
+    TaskStatus.EXPIRED: (
+        ResultStatus.ERROR,
+        "the task expired before it was started",
+        "TaskExpired",
+    ),
+}
+_STATUS_OF_RESULT = {
+    ResultStatus.SUCCESS: TaskStatus.COMPLETED,
+    ResultStatus.ERROR: TaskStatus.FAILED,
+    ResultStatus.CANCELLED: TaskStatus.CANCELLED,
+}
+
+
+def _result_of_row(task: Task) -> TaskResult:
+    """Make the result of a task that ended without storing one."""
+    status, error, error_type = _RESULT_OF_STATUS[cast(TaskStatus, task.status)]
+    return TaskResult(
+        task.id,
+        status,
+        error=error or task.error,
+        error_type=error_type,
+        started_at=task.started_at,
+        finished_at=task.finished_at,
+        worker=task.worker,
+        attempt=task.attempt,
+        claim=task.claims,
+    )
+
+
+def _due_at(task: Task) -> float | None:
+    """Return when time changes a live task, as the file's `due_at`."""
+    if task.status is TaskStatus.RUNNING:
+        return _to_unix(task.lease_until)
+    times = [task.expires_at]
+    if task.status is TaskStatus.SCHEDULED:
+        times.append(task.run_at)
+    return min((t.timestamp() for t in times if t is not None), default=None)
+
+
+class AsyncSQLiteBackend:
+    """Queue, results and events together, for asyncio.
+
+    `queue`, `results`, `events`: each `True` for a place on `path`, a path for a
+    file of its own, a ready object of the interface, or `False` for none. By
+    default queue and results are on `path` and events are off. `result_ttl` and
+    `event_retention`: seconds, `None` for ever. The other options are those of
+    `AsyncSQLiteQueue`.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        queue: Where | AsyncTaskQueue = None,
+        results: Where | AsyncResultStorage = None,
+        events: Where | AsyncEventStorage = None,
+        result_ttl: float | None = DEFAULT_RESULT_TTL,
+        event_retention: float | None = DEFAULT_EVENT_RETENTION,
+        synchronous: str = "FULL",
+        busy_timeout: float = DEFAULT_BUSY_TIMEOUT,
+        serializer: str | Serializer = "json",
+        retention: float = 0.0,
+        allow_network_fs: bool = False,
+        clock: Callable[[], float] = time.time,
+        readers: int = DEFAULT_READERS,
+    ) -> None:
+        self._arguments: dict[str, Any] = {
+            "queue": queue,
+            "results": results,
+            "events": events,
+            "result_ttl": result_ttl,
+            "event_retention": event_retention,
+            "synchronous": synchronous,
+            "busy_timeout": busy_timeout,
+            "serializer": serializer,
+            "retention": retention,
+            "allow_network_fs": allow_network_fs,
+            "clock": clock,
+            "readers": readers,
+        }
+        options = _Options(
+            _absolute(path), synchronous, busy_timeout, allow_network_fs, clock, readers
+        )
+        _check(queue is not False, "queue", "True, a path or a queue", queue)
+        wanted = {
+            "queue": True if queue is None else queue,
+            "results": True if results is None else results,
+            "events": events,
+        }
+        here = [name for name, where in wanted.items() if where is True]
+        self._gateway: _Gateway = _AsyncGateway(_Database(options, here))
+        self._closable: list[_AsyncStorage] = []
+        self._events = self._make_events(wanted["events"])
+        self._results = self._make_results(wanted["results"])
+        self._queue = self._make_queue(wanted["queue"])
+
+    # -- Parts --
+
+    @property
+    def path(self) -> str:
+        """The absolute path of the backend's file, or ":memory:"."""
+        return self._gateway.database.path
+
+    @property
+    def queue(self) -> AsyncSQLiteQueue:
+        """The queue."""
+        return cast(AsyncSQLiteQueue, self._queue)
+
+    @property
+    def results(self) -> AsyncSQLiteResultStorage | None:
+        """The result storage, or `None`."""
+        return cast("AsyncSQLiteResultStorage | None", self._results)
+
+    @property
+    def events(self) -> AsyncSQLiteEventStorage | None:
+        """The event storage, or `None`."""
+        return cast("AsyncSQLiteEventStorage | None", self._events)
+
+    def _options(self) -> dict[str, Any]:
+        names = "synchronous busy_timeout serializer allow_network_fs clock readers"
+        return {name: self._arguments[name] for name in names.split()}
+
+    def _own(self, storage: _AsyncStorage) -> Any:
+        self._closable.append(storage)
+        return storage
+
+    def _make_events(self, where: Any) -> AsyncEventStorage | None:
+        retention = self._arguments["event_retention"]
+        serializer = self._arguments["serializer"]
+        if where is None or where is False:
+            return None
+        options = {**self._options(), "retention": retention}
+        if where is True:
+            gateway = self._gateway
+            return AsyncSQLiteEventStorage._over(
+                gateway, serializer, options, retention
+            )
+        if isinstance(where, (str, os.PathLike)):
+            made = AsyncSQLiteEventStorage(where, **options)
+            return cast(AsyncEventStorage, self._own(made))
+        return cast(AsyncEventStorage, _check_part("events", where, "log_many"))
+
+    def _make_results(self, where: Any) -> AsyncResultStorage | None:
+        ttl = self._arguments["result_ttl"]
+        serializer = self._arguments["serializer"]
+        if where is False:
+            return None
+        options = {**self._options(), "ttl": ttl}
+        if where is True:
+            gateway = self._gateway
+            return AsyncSQLiteResultStorage._over(gateway, serializer, options, ttl)
+        if isinstance(where, (str, os.PathLike)):
+            made = AsyncSQLiteResultStorage(where, **options)
+            return cast(AsyncResultStorage, self._own(made))
+        return cast(AsyncResultStorage, _check_part("results", where, "store"))
+
+    def _make_queue(self, where: Any) -> AsyncTaskQueue:
+        retention = self._arguments["retention"]
+        serializer = self._arguments["serializer"]
+        options = {
+            **self._options(),
+            "retention": retention,
+            "events": self._events,
+        }
+        if where is True:
+            return AsyncSQLiteQueue._over(
+                self._gateway, serializer, options, retention, self._events
+            )
+        if isinstance(where, (str, os.PathLike)):
+            return cast(AsyncTaskQueue, self._own(AsyncSQLiteQueue(where, **options)))
+        return cast(AsyncTaskQueue, _check_part("queue", where, "dequeue_many"))
+
+    def _use_directly(self) -> None:
+        """Let a blocking twin drive this object and all its parts."""
+        database = self._gateway.database
+        self._gateway = _DirectGateway(database)
+        for part in self._parts():
+            if isinstance(part, _AsyncStorage):
+                shared = part._gateway.database is database
+                part._gateway = (
+                    self._gateway if shared else _DirectGateway(part._gateway.database)
+                )
+
+    def _use_loops(self) -> None:
+        """Let event loops use what `_use_directly` was called on, too."""
+        gateways: dict[int, _Gateway] = {}
+
+        def in_loops(gateway: _Gateway) -> _Gateway:
+            database = gateway.database
+            return gateways.setdefault(id(database), _AsyncGateway(database))
+
+        self._gateway = in_loops(self._gateway)
+        for name in ("_queue", "_results", "_events"):
+            part = getattr(self, name)
+            if isinstance(part, _AsyncStorage):
+                part = copy.copy(part)
+                part._gateway = in_loops(part._gateway)
+                setattr(self, name, part)
+
+    def _parts(self) -> tuple[object, ...]:
+        return self._queue, self._results, self._events
+
+    def _shares_file(self) -> bool:
+        """Tell whether queue and results are committed together."""
+        return (
+            isinstance(self._queue, AsyncSQLiteQueue)
+            and isinstance(self._results, AsyncSQLiteResultStorage)
+            and self._queue._gateway.database is self._results._gateway.database
+        )
+
+    def _now(self) -> datetime:
+        return cast(datetime, _from_unix(self._gateway.database.options.clock()))
+
+    # -- Making one --
+
+    @classmethod
+    def from_url(cls, url: str) -> Any:
+        """Make a backend from a URL, such as "sqlite:///jobs.db?events=true".
+
+        Three slashes for a relative path, four for an absolute one. The options
+        are those of the constructor. A URL of another scheme is looked up in the
+        entry-point group `omniq.backends`.
+
+        Raises: `ValueError` for an unknown option or scheme.
+        """
+        return _backend_from_url(cls, url, asynchronous=True)
+
+    @classmethod
+    def from_env(cls) -> Any:
+        """Make a backend from `OMNIQ_TASK_QUEUE_URL` and two optional variables.
+
+        `OMNIQ_RESULT_STORAGE_URL`: where results are, else on the same file;
+        `OMNIQ_EVENT_STORAGE_URL`: where events are, else off.
+
+        Raises: `ValueError` naming what is missing or wrong.
+        """
+        return _backend_from_env(cls, asynchronous=True)
+
+    # -- Life --
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.path!r})"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        if self.path == ":memory:":
+            raise TypeError(f"{type(self).__name__} on ':memory:' cannot be pickled")
+        return _rebuild, (type(self), self.path, self._arguments)
+
+    async def close(self) -> None:
+        """Close what this backend opened; ready objects that it was given stay open."""
+        for storage in self._closable:
+            await storage.close()
+        await self._gateway.close()
+
+    async def __aenter__(self) -> Self:
+        if self._gateway.database.components:
+            await self._gateway.open()
+        for storage in self._closable:
+            await storage.__aenter__()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    def __enter__(self) -> Self:
+        """Check and create the files where no loop runs."""
+        _refuse_loop(self)
+        for database in self._databases():
+            _shielded(partial(_drive, _DirectGateway(database).open))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        _refuse_loop(self)
+        for database in self._databases():
+            _shielded(partial(database.shut, database.options.busy_timeout))
+
+    def _databases(self) -> list[_Database]:
+        own = [self._gateway.database] if self._gateway.database.components else []
+        return own + [storage._gateway.database for storage in self._closable]
+
+    # -- Tasks --
+
+    async def enqueue(self, task: Task, *, delay: float = 0.0) -> str:
+        """Add a task and return its id, or the id of the live one with its key."""
+        return await self._queue.enqueue(task, delay=delay)
+
+    async def enqueue_many(self, tasks: Iterable[Task]) -> list[str]:
+        """Add tasks in one transaction, all or nothing, and return their ids."""
+        return await self._queue.enqueue_many(tasks)
+
+    async def complete(
+        self, task: Task, value: Any = None, *, enqueue: Iterable[Task] = ()
+    ) -> None:
+        """End a task as done, store its result and add follow-up tasks.
+
+        One commit where queue and results share a file. Where they do not, the
+        result is stored before the task ends, so that a crash repeats work and
+        never loses it. It completes first and enqueues then, so a follow-up may
+        carry the same `unique_key`.
+
+        Raises: `LeaseLostError` when the claim is no longer yours;
+        `SerializationError`; `DuplicateTaskError`. Then nothing was changed.
+        """
+        _check_lease(task)
+        followers = [_check_task(follower, "enqueue") for follower in enqueue]
+        result = TaskResult(
+            task.id,
+            ResultStatus.SUCCESS,
+            value,
+            started_at=task.started_at,
+            finished_at=self._now(),
+            worker=task.worker,
+            attempt=task.attempt,
+            claim=task.claims,
+        )
+        if not self._shares_file():
+            await self._store_elsewhere(task, result)
+        if isinstance(self._queue, AsyncSQLiteQueue):
+            await self._complete_here(self._queue, task, result, followers)
+        else:
+            await self._queue.complete(task)
+            if followers:
+                await self._queue.enqueue_many(followers)
+
+    async def _complete_here(
+        self,
+        queue: AsyncSQLiteQueue,
+        task: Task,
+        result: TaskResult,
+        followers: Sequence[Task],
+    ) -> None:
+        store = self._store_in_commit(result)
+        rows = queue._rows_of(followers, 0.0)
+
+        def run(connection: sqlite3.Connection, notes: list[_Note], now: float) -> None:
+            queue._complete(connection, task, notes, now)
+            store(connection)
+            if rows:
+                _insert_many(connection.cursor(), rows, now, notes)
+
+        await queue._write(run)
+
+    def _store_in_commit(
+        self, result: TaskResult
+    ) -> Callable[[sqlite3.Connection], object]:
+        """Return what stores a result inside the queue's transaction, if it can."""
+        if not self._shares_file():
+            return _no_statement
+        row = cast(AsyncSQLiteResultStorage, self._results)._row_of(result)
+        return lambda connection: connection.execute(UPSERT_RESULT, row)
+
+    async def _store_elsewhere(self, task: Task, result: TaskResult) -> None:
+        """Store a result in another place, after a look whether the lease holds."""
+        if self._results is None:
+            return
+        current = await self._queue.get_task(task.id)
+        if current is None or current.lease_id != task.lease_id:
+            raise LeaseLostError([task.id])
+        await self._results.store(result)
+
+    async def fail(
+        self,
+        task: Task,
+        exception: BaseException,
+        *,
+        retry: bool = True,
+        delay: float | None = None,
+    ) -> TaskStatus:
+        """End an attempt as failed; store a result if it was the last one.
+
+        Returns `SCHEDULED` (runs again) or `FAILED`. The parameters are those of
+        the queue's `fail`.
+
+        Raises: `LeaseLostError` when the claim is no longer yours.
+        """
+        _check_lease(task)
+        _check_number("delay", delay, optional=True)
+        final = not retry or task.attempt >= task.max_attempts
+        result = _exception_result(task, exception, self._now())
+        if final and not self._shares_file():
+            await self._store_elsewhere(task, result)
+        if not isinstance(self._queue, AsyncSQLiteQueue):
+            return await self._queue.fail(task, exception, retry=retry, delay=delay)
+        queue = self._queue
+        store = self._store_in_commit(result)
+        text = _error_text(exception)
+        seconds = _retry_delay(task) if delay is None else delay
+
+        def run(
+            connection: sqlite3.Connection, notes: list[_Note], now: float
+        ) -> TaskStatus:
+            status = queue._fail(
+                connection, task, text, notes, now, retry=retry, delay=seconds
+            )
+            if status is TaskStatus.FAILED:
+                store(connection)
+            return status
+
+        return await queue._write(run)
+
+    async def status(self, task_id: str) -> TaskStatus | None:
+        """Return how a task stands by the queue, else by its result, else `None`."""
+        task = await self._queue.get_task(task_id)
+        if task is not None:
+            return task.status
+        result = await self._results.get(task_id) if self._results else None
+        return None if result is None else _STATUS_OF_RESULT[result.status]
+
+    async def result(self, task_id: str, *, timeout: float | None = None) -> TaskResult:
+        """Return the result of a task once it has ended, however it ended.
+
+        A task that was cancelled, expired or ran out of attempts without storing
+        a result gets one made from its row. `timeout`: seconds.
+
+        Raises: `TimeoutError`; `TaskNotFoundError` when there is neither a task
+        nor a result of that id.
+        """
+        _check_number("timeout", timeout, optional=True)
+        limit = None if timeout is None else time.monotonic() + timeout
+        while True:
+            seen = self._gateway_of_queue().database.watch.generation
+            task, result = await self._look(task_id)
+            if result is not None:
+                return result
+            left = None if limit is None else limit - time.monotonic()
+            if left is not None and left <= 0:
+                raise TimeoutError(f"no result of task {task_id!r} after {timeout} s")
+            await self._wait(task, seen, left)
+
+    async def _look(self, task_id: str) -> tuple[Task, TaskResult | None]:
+        """Return a task and its result; the result is `None` while it lives."""
+        task = await self._queue.get_task(task_id)
+        if task is not None and await self._settle(task):
+            task = await self._queue.get_task(task_id)
+        if task is not None and task.status in LIVE_STATUSES:
+            return task, None
+        stored = await self._results.get(task_id) if self._results else None
+        if task is None:
+            if stored is None:
+                raise TaskNotFoundError(task_id)
+            return Task("gone", id=task_id), stored
+        if stored is not None and task.status in (
+            TaskStatus.COMPLETED,
+            TaskStatus.FAILED,
+        ):
+            # One of an earlier claim is of a round before a retry.
+            if stored.claim is None or stored.claim >= task.claims:
+                return task, stored
+        return task, _result_of_row(task)
+
+    async def _settle(self, task: Task) -> bool:
+        """Settle a task that time has ended; nobody else may be there to do it."""
+        if not isinstance(self._queue, AsyncSQLiteQueue):
+            return False
+        due = _due_at(task) if task.status in LIVE_STATUSES else None
+        if due is None or due > self._queue._clock():
+            return False
+        return await self._queue._settle_queue(task.queue) > 0
+
+    def _gateway_of_queue(self) -> _Gateway:
+        if isinstance(self._queue, AsyncSQLiteQueue):
+            return self._queue._gateway
+        return self._gateway
+
+    async def _wait(self, task: Task, seen: int, left: float | None) -> None:
+        """Wait for a change of the task; its result comes in the same commit."""
+        if isinstance(self._queue, AsyncSQLiteQueue):
+            await self._queue._gateway.wait(seen, left, _due_at(task))
+        elif self._results is not None:
+            slice_length = 0.1 if left is None else min(left, 0.1)
+            with contextlib.suppress(TimeoutError):
+                await self._results.wait(task.id, timeout=slice_length)
+
+    # -- Upkeep --
+
+    async def cleanup(self) -> dict[str, int]:
+        """Do what is due, in small transactions, and return how much of each.
+
+        Tasks that time has ended are settled, completed tasks past `retention`,
+        expired results and old events are deleted, and free pages of files that
+        this module made are given back, some at a time.
+        """
+        done = {"settled": 0, "tasks": 0, "results": 0, "events": 0, "pages": 0}
+        if isinstance(self._queue, AsyncSQLiteQueue):
+            done |= await self._queue._clean_up()
+        if self._results is not None:
+            done["results"] = await self._results.purge()
+        retention = self._arguments["event_retention"]
+        if self._events is not None and retention is not None:
+            done["events"] = await self._events.purge(older_than=retention)
+        for gateway in self._gateways():
+            done["pages"] += await gateway.write(_Operation(_give_back_pages))
+        return done
+
+    def _gateways(self) -> list[_Gateway]:
+        """Return the gateways of our own parts, each once."""
+        found: dict[int, _Gateway] = {}
+        for part in self._parts():
+            if isinstance(part, _AsyncStorage):
+                found[id(part._gateway.database)] = part._gateway
+        return list(found.values())
+
+    async def backup(self, path: str | os.PathLike[str]) -> None:
+        """Copy the backend's file to a new one while everybody goes on working.
+
+        The copy is the file as it was at one instant, readable by its owner only.
+        Parts on files of their own are not in it.
+
+        Raises: `FileExistsError` if `path` exists.
+        """
+        target = _absolute(path)
+        _check(target != ":memory:", "path", "the path of a new file", path)
+
+        def copy_file(connection: sqlite3.Connection) -> None:
+            _back_up(connection, target)
+
+        await self._gateway_of_queue().read(copy_file)
+
+    async def check(self) -> list[Finding]:
+        """Look for what is wrong with the files and the queue; empty if nothing is.
+
+        Integrity, schema, size of the WAL, overdue leases, workers that are gone,
+        and whether the library needs the guard for checkpoints.
+        """
+        findings: list[Finding] = []
+        for gateway in self._gateways():
+            findings += await gateway.read(partial(_check_file, gateway.database))
+        if isinstance(self._queue, AsyncSQLiteQueue):
+            now = self._queue._clock()
+            rows = await self._queue._rows(SELECT_OVERDUE, {"before": now})
+            findings += [
+                Finding("leases", "warning", f"{n} leases in queue {queue!r} are over")
+                for queue, n in rows
+            ]
+        for worker in await self._queue.list_workers():
+            if (reason := _why_gone(worker, self._now())) is not None:
+                text = f"worker {worker.name!r} {reason}, with {worker.running} tasks"
+                findings.append(Finding("workers", "warning", text))
+        return findings
+
+
+def _check_part(name: str, part: object, method: str) -> object:
+    """Return a ready object that was passed as a part, if it is async."""
+    function = getattr(part, method, None)
+    fine = function is not None and (
+        inspect.iscoroutinefunction(function) or isinstance(part, _Unblocked)
+    )
+    if not fine:
+        raise TypeError(
+            f"{name} must be True, a path or an async object with {method}(), not "
+            + type(part).__name__
+        )
+    return part
+
+
+def _give_back_pages(connection: sqlite3.Connection) -> int:
+    """Give free pages back where this module made the file; return how many."""
+    [(mode,)] = connection.execute("PRAGMA main.auto_vacuum").fetchall()
+    [(free,)] = connection.execute("PRAGMA main.freelist_count").fetchall()
+    if mode != 2 or free == 0:  # 2: incremental
+        return 0
+    connection.execute(_INCREMENTAL_VACUUM).fetchall()
+    return min(int(free), _VACUUM_PAGES)
+
+
+_INCREMENTAL_VACUUM = f"PRAGMA main.incremental_vacuum({_VACUUM_PAGES})"
+
+
+def _back_up(connection: sqlite3.Connection, target: str) -> None:
+    if os.path.exists(target):
+        raise FileExistsError(f"the backup {target!r} exists already")
+    _create_file(target)
+    copy_of = sqlite3.connect(target, isolation_level=None)
+    try:
+        connection.backup(copy_of)
+    finally:
+        copy_of.close()
+
+
+def _check_file(database: _Database, connection: sqlite3.Connection) -> list[Finding]:
+    findings = []
+    for (line,) in connection.execute("PRAGMA main.integrity_check(20)").fetchall():
+        if line != "ok":
+            findings.append(Finding("integrity", "error", line))
+    try:
+        missing = missing_migrations(connection, database.components, database.path)
+        for component, version in missing:
+            text = f"{component} tables are not at version {version}"
+            findings.append(Finding("schema", "error", text))
+    except SchemaVersionError as error:
+        findings.append(Finding("schema", "error", str(error)))
+    with contextlib.suppress(OSError):
+        size = os.stat(database.path + "-wal").st_size
+        if size > _LARGE_WAL:
+            text = f"the WAL has {size // 2**20} MiB; a long reader may hold it"
+            findings.append(Finding("wal", "warning", text))
+    return findings
+
+
+def _why_gone(worker: WorkerInfo, now: datetime) -> str | None:
+    """Return why a worker counts as gone, or `None` if it seems to live."""
+    if worker.host == socket.gethostname() and os.name == "posix":
+        try:
+            os.kill(worker.pid, 0)
+        except ProcessLookupError:
+            return "is dead"
+        except PermissionError:
+            pass
+    silent = (now - worker.seen_at).total_seconds()
+    if silent > _WORKER_STALE_AFTER:
+        return f"was not seen for {silent:.0f} s"
+    return None
+
+
+# -- URLs --
+
+_URL_OPTIONS: dict[str, Callable[[str], Any]] = {
+    "queue": str,
+    "results": str,
+    "events": str,
+    "result_ttl": float,
+    "event_retention": float,
+    "synchronous": str,
+    "busy_timeout": float,
+    "retention": float,
+    "allow_network_fs": str,
+    "readers": int,
+}
+_BOOLEANS = {"true": True, "1": True, "yes": True}
+_BOOLEANS |= {"false": False, "0": False, "no": False}
+
+
+def _url_path(url: str) -> str:
+    """Return the path of an sqlite URL: three slashes relative, four absolute."""
+    parts = urllib.parse.urlsplit(url)
+    text = urllib.parse.unquote(parts.path)
+    _check(
+        parts.netloc == "" and text.startswith("/") and len(text) > 1,
+        "url",
+        "sqlite:///relative.db or sqlite:////absolute.db",
+        url,
+    )
+    return text[1:]
+
+
+def _url_options(url: str) -> dict[str, Any]:
+    query = urllib.parse.urlsplit(url).query
+    options: dict[str, Any] = {}
+    pairs = urllib.parse.parse_qsl(query, keep_blank_values=True)
+    for name, text in pairs:
+        known = ", ".join(sorted(_URL_OPTIONS))
+        _check(name in _URL_OPTIONS, "url option", f"one of {known}", name)
+        try:
+            options[name] = _URL_OPTIONS[name](text)
+        except ValueError:
+            _check(False, f"url option {name}", "a number", text)
+        if _URL_OPTIONS[name] is str and text.lower() in _BOOLEANS:
+            options[name] = _BOOLEANS[text.lower()]
+    if "allow_network_fs" in options:
+        value = options["allow_network_fs"]
+        _check(isinstance(value, bool), "url option allow_network_fs", "a bool", value)
+    return options
+
+
+def _backend_from_url(cls: Callable[..., Any], url: str, *, asynchronous: bool) -> Any:
+    _check(isinstance(url, str), "url", "a string", url)
+    scheme = urllib.parse.urlsplit(url).scheme
+    if scheme == "sqlite":
+        return cls(_url_path(url), **_url_options(url))
+    return _find_backend(scheme, url)(url, asynchronous=asynchronous)
+
+
+def _find_backend(scheme: str, url: str) -> Callable[..., Any]:
+    points = importlib.metadata.entry_points(group="omniq.backends")
+    for point in points:
+        if point.name == scheme:
+            return cast(Callable[..., Any], point.load())
+    known = ", ".join(["sqlite", *sorted(point.name for point in points)])
+    raise ValueError(f"url must have one of the schemes {known}, not {url!r}")
+
+
+def _backend_from_env(cls: Callable[..., Any], *, asynchronous: bool) -> Any:
+    url = os.environ.get("OMNIQ_TASK_QUEUE_URL", "")
+    _check(url != "", "OMNIQ_TASK_QUEUE_URL", "set to the URL of the queue", url)
+    if urllib.parse.urlsplit(url).scheme != "sqlite":
+        return _backend_from_url(cls, url, asynchronous=asynchronous)
+    options = _url_options(url)
+    for part in ("results", "events"):
+        name = f"OMNIQ_{'RESULT' if part == 'results' else 'EVENT'}_STORAGE_URL"
+        other = os.environ.get(name, "")
+        if other:
+            options[part] = _part_from_url(part, other, url, asynchronous=asynchronous)
+    return cls(_url_path(url), **options)
+
+
+def _part_from_url(part: str, url: str, queue_url: str, *, asynchronous: bool) -> Any:
+    """Return what a backend takes for a part that has a URL of its own."""
+    scheme = urllib.parse.urlsplit(url).scheme
+    if scheme != "sqlite":
+        other = _find_backend(scheme, url)(url, asynchronous=asynchronous)
+        return getattr(other, part)
+    _check(not _url_options(url), f"URL of {part}", "without options", url)
+    path = _url_path(url)
+    return True if _absolute(path) == _absolute(_url_path(queue_url)) else path
+
+
+class SQLiteBackend:
+    """Queue, results and events together; blocking twin of `AsyncSQLiteBackend`.
+
+    The parameters are the same, except that ready objects are blocking ones.
+    """
+
+    _token: anyio.lowlevel.EventLoopToken | None = None
+    _loop_thread = 0
+    _detached = False
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        queue: Where | TaskQueue = None,
+        results: Where | ResultStorage = None,
+        events: Where | EventStorage = None,
+        result_ttl: float | None = DEFAULT_RESULT_TTL,
+        event_retention: float | None = DEFAULT_EVENT_RETENTION,
+        synchronous: str = "FULL",
+        busy_timeout: float = DEFAULT_BUSY_TIMEOUT,
+        serializer: str | Serializer = "json",
+        retention: float = 0.0,
+        allow_network_fs: bool = False,
+        clock: Callable[[], float] = time.time,
+        readers: int = DEFAULT_READERS,
+    ) -> None:
+        given = {"queue": queue, "results": results, "events": events}
+        backend = AsyncSQLiteBackend(
+            path,
+            **{name: _unblocked_part(part) for name, part in given.items()},
+            result_ttl=result_ttl,
+            event_retention=event_retention,
+            synchronous=synchronous,
+            busy_timeout=busy_timeout,
+            serializer=serializer,
+            retention=retention,
+            allow_network_fs=allow_network_fs,
+            clock=clock,
+            readers=readers,
+        )
+        backend._use_directly()
+        self._set_up(backend, backend._arguments | given)
+
+    def _set_up(self, backend: AsyncSQLiteBackend, arguments: dict[str, Any]) -> None:
+        self._async = backend
+        self._arguments = arguments
+        given = {name: arguments[name] for name in ("queue", "results", "events")}
+        self._queue = _twin_of(SQLiteQueue, backend._queue, given["queue"])
+        self._results = _twin_of(
+            SQLiteResultStorage, backend._results, given["results"]
+        )
+        self._events = _twin_of(SQLiteEventStorage, backend._events, given["events"])
+
+    @classmethod
+    def from_async(cls, backend: AsyncSQLiteBackend) -> Self:
+        """Return a twin over a live async object, for threads beside its loop.
+
+        Call it where that loop runs; use the twin in any other thread. Closing it
+        leaves the async object open.
+        """
+        self = cls.__new__(cls)
+        self._token = _current_token()
+        self._loop_thread = threading.get_ident()
+        self._async = backend
+        self._arguments = backend._arguments
+        self._queue = SQLiteQueue.from_async(backend.queue)
+        self._results = backend.results and SQLiteResultStorage.from_async(
+            backend.results
+        )
+        self._events = backend.events and SQLiteEventStorage.from_async(backend.events)
+        return self
+
+    def to_async(self) -> AsyncSQLiteBackend:
+        """Return an async backend of the same arguments.
+
+        On ":memory:", or with ready objects, it shares the connections of this one.
+        """
+        parts = (self._arguments[name] for name in ("queue", "results", "events"))
+        ready = any(
+            part is not None and not isinstance(part, (bool, str, os.PathLike))
+            for part in parts
+        )
+        if self._token is not None:
+            return self._async
+        if not ready and self.path != ":memory:":
+            return AsyncSQLiteBackend(self.path, **self._arguments)
+        shared = copy.copy(self._async)
+        shared._use_loops()
+        return shared
+
+    @property
+    def path(self) -> str:
+        """The absolute path of the backend's file, or ":memory:"."""
+        return self._async.path
+
+    @property
+    def queue(self) -> SQLiteQueue:
+        """The queue."""
+        return cast(SQLiteQueue, self._queue)
+
+    @property
+    def results(self) -> SQLiteResultStorage | None:
+        """The result storage, or `None`."""
+        return cast("SQLiteResultStorage | None", self._results)
+
+    @property
+    def events(self) -> SQLiteEventStorage | None:
+        """The event storage, or `None`."""
+        return cast("SQLiteEventStorage | None", self._events)
+
+    def _run(
+        self,
+        method: Callable[P, Coroutine[Any, Any, T]],
+        *args: P.args,
+        **kwargs: P.kwargs,
+    ) -> T:
+        if self._token is None:
+            return _shielded(partial(_drive, method, *args, **kwargs))
+        if self._detached:
+            raise StorageClosedError(self.path)
+        return _run_in_loop(
+            self._token, self._loop_thread, partial(method, *args, **kwargs)
+        )
+
+    @classmethod
+    def from_url(cls, url: str) -> Any:
+        """Make a backend from a URL, such as "sqlite:///jobs.db?events=true"."""
+        return _backend_from_url(cls, url, asynchronous=False)
+
+    @classmethod
+    def from_env(cls) -> Any:
+        """Make a backend from `OMNIQ_TASK_QUEUE_URL` and two optional variables."""
+        return _backend_from_env(cls, asynchronous=False)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.path!r})"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        if self.path == ":memory:":
+            raise TypeError(f"{type(self).__name__} on ':memory:' cannot be pickled")
+        if self._token is not None:
+            raise TypeError(
+                f"{type(self).__name__} made by from_async() is of one loop"
+            )
+        return _rebuild, (type(self), self.path, self._arguments)
+
+    def close(self) -> None:
+        """Close what this backend opened; ready objects that it was given stay open."""
+        if self._token is not None:
+            self._detached = True
+        else:
+            self._run(self._async.close)
+
+    def __enter__(self) -> Self:
+        self._run(self._async.__aenter__)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    async def __aenter__(self) -> Self:
+        return await anyio.to_thread.run_sync(self.__enter__)
+
+    async def __aexit__(self, *_: object) -> None:
+        await anyio.to_thread.run_sync(self.close)
+
+    def enqueue(self, task: Task, *, delay: float = 0.0) -> str:
+        """Add a task and return its id, or the id of the live one with its key."""
+        return self._run(self._async.enqueue, task, delay=delay)
+
+    def enqueue_many(self, tasks: Iterable[Task]) -> list[str]:
+        """Add tasks in one transaction, all or nothing, and return their ids."""
+        return self._run(self._async.enqueue_many, tasks)
+
+    def complete(
+        self, task: Task, value: Any = None, *, enqueue: Iterable[Task] = ()
+    ) -> None:
+        """End a task as done, store its result and add follow-up tasks."""
+        return self._run(self._async.complete, task, value, enqueue=enqueue)
+
+    def fail(
+        self,
+        task: Task,
+        exception: BaseException,
+        *,
+        retry: bool = True,
+        delay: float | None = None,
+    ) -> TaskStatus:
+        """End an attempt as failed; store a result if it was the last one."""
+        return self._run(self._async.fail, task, exception, retry=retry, delay=delay)
+
+    def status(self, task_id: str) -> TaskStatus | None:
+        """Return how a task stands by the queue, else by its result, else `None`."""
+        return self._run(self._async.status, task_id)
+
+    def result(self, task_id: str, *, timeout: float | None = None) -> TaskResult:
+        """Return the result of a task once it has ended, however it ended."""
+        return self._run(self._async.result, task_id, timeout=timeout)
+
+    def cleanup(self) -> dict[str, int]:
+        """Do what is due, in small transactions, and return how much of each."""
+        return self._run(self._async.cleanup)
+
+    def backup(self, path: str | os.PathLike[str]) -> None:
+        """Copy the backend's file to a new one while everybody goes on working."""
+        return self._run(self._async.backup, path)
+
+    def check(self) -> list[Finding]:
+        """Look for what is wrong with the files and the queue; empty if nothing is."""
+        return self._run(self._async.check)
+
+
+def _unblocked_part(part: Any) -> Any:
+    """Return what the core awaits for a part, if that is an object."""
+    if part is None or isinstance(part, (bool, str, os.PathLike)):
+        return part
+    return _unblocked(part)
+
+
+def _twin_of(cls: Any, storage: Any, given: Any) -> Any:
+    """Return the blocking form of a part: the very object that was given, if any."""
+    if storage is None:
+        return None
+    if given is not None and not isinstance(given, (bool, str, os.PathLike)):
+        return given
+    return cls._over(storage, storage._arguments)
+
+
+# =============================================================================
+# Worker
+# =============================================================================
+#
+# A worker claims tasks, calls the functions that a registry knows by the tasks'
+# names, and writes how they ended. It uses the interfaces only.
+#
+# - `_Shift` is one run of a worker in one process. On its event loop it claims
+#   as many tasks as it has free slots, starts them, and settles them. A slot is
+#   free as soon as its function ends, so the next claim travels in the same
+#   commit as the outcomes of the last ones: for no-op tasks that is one flush
+#   for each batch. Whatever ends while a commit is under way joins the next
+#   batch; nothing waits for a batch to fill.
+# - `_Run` is one claimed task on its way. Async functions run on the loop, plain
+#   ones in `_Threads`: daemon threads, because a function that never returns
+#   must not keep the process from ending.
+# - `_Heartbeat` is a thread with an event loop and database connections of its own.
+#   It extends leases, writes progress and keeps time, so that a function that
+#   blocks the worker's loop loses no lease.
+# - `_Crew` runs shifts in child processes and replaces those that end.
+#
+# A run ends in one `_Outcome`, and that is written until it is written or the
+# lease is lost. A busy or broken database slows a worker down; it never ends it.
+
+DEFAULT_CONCURRENCY = 8
+"""Tasks that one worker process runs at once."""
+
+STUCK_STATUS = 75
+"""Exit status of a worker with a function that did not end: start it anew.
+
+`EX_TEMPFAIL` of sysexits.h; supervisors restart on it.
+"""
+
+_RENEW_STATUS = 76  # of a child process that has run its `max_tasks`
+_CLEANUP_INTERVAL = 60.0
+_PROGRESS_INTERVAL = 1.0
+_LAST_WRITES = 1.0  # for outcomes to be written after the grace has passed
+_QUICK_DEATH = 10.0  # a child that fails sooner is replaced ever more slowly
+_LONGEST_PAUSE = 5.0
+
+_AnyContext = AbstractContextManager[Any] | AbstractAsyncContextManager[Any]
+
+
+class Retry(Exception):
+    """Raise it in a function to run its task again in `delay` seconds.
+
+    `None` is the task's usual backoff. The attempt counts: without one left, the
+    task fails. Raised `from` another exception, that one is what is recorded.
+    """
+
+    def __init__(self, delay: float | None = None) -> None:
+        _check_number("delay", delay, optional=True)
+        super().__init__(delay)
+        self.delay = delay
+
+    def __str__(self) -> str:
+        return "run again" + ("" if self.delay is None else f" in {self.delay:g} s")
+
+
+class Reject(Exception):
+    """Raise it in a function to fail its task for good, whatever attempts remain."""
+
+    def __init__(self, reason: str = "") -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+class TaskOptions(TypedDict, total=False):
+    """What a registered function's tasks may be given; see `Task`."""
+
+    queue: str
+    priority: int
+    run_at: datetime | None
+    expires_at: datetime | None
+    max_attempts: int
+    retry_delay: float
+    timeout: float | None
+    unique_key: str | None
+    metadata: Mapping[str, Any]
+
+
+class TaskFunction(Generic[P, T]):
+    """A registered function. Call it as itself, or make a task of a call.
+
+        thumbnail("a.png", size=64)                              # runs here, now
+        thumbnail.task("a.png", size=64)                         # a `Task`
+        thumbnail.options(priority=5, queue="slow").task("a.png")
+
+    It pickles as a reference, as functions do.
+    """
+
+    def __init__(
+        self, function: Callable[P, T], name: str, options: TaskOptions
+    ) -> None:
+        functools.update_wrapper(self, function)
+        self.function = function
+        self.name = name
+        self.is_async = inspect.iscoroutinefunction(
+            function
+        ) or inspect.iscoroutinefunction(getattr(function, "__call__", None))
+        self._options = options
+        self._signature = inspect.signature(function)
+        Task(name, **options)  # refuses a wrong option here and now
+
+    def __call__(self, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        return self.function(*args, **kwargs)
+
+    def __repr__(self) -> str:
+        return f"<TaskFunction {self.name}{self._signature}>"
+
+    def __reduce__(self) -> str:
+        return self.function.__qualname__
+
+    def task(self, /, *args: P.args, **kwargs: P.kwargs) -> Task:
+        """Return a task that calls this function with these arguments.
+
+        Raises: `TypeError` if they do not fit the function's signature.
+        """
+        try:
+            self._signature.bind(*args, **kwargs)
+        except TypeError as error:
+            raise TypeError(f"{self.name}(): {error}") from None
+        return Task(self.name, args, kwargs, **self._options)
+
+    def options(self, **options: Unpack[TaskOptions]) -> TaskFunction[P, T]:
+        """Return the same function with other options for the tasks made of it."""
+        return TaskFunction(self.function, self.name, {**self._options, **options})
+
+
+class TaskRegistry:
+    """The functions that a worker may call, by name.
+
+    A name is the function's own (its `__name__`, without the module, so that it
+    survives a move to another file) unless `name=` gives another one. A registry
+    pickles as references to its functions, which child processes import.
+    """
+
+    def __init__(self) -> None:
+        self._functions: dict[str, TaskFunction[..., Any]] = {}
+
+    @overload
+    def register(
+        self,
+        function: Callable[P, T],
+        /,
+        *,
+        name: str | None = None,
+        **options: Unpack[TaskOptions],
+    ) -> TaskFunction[P, T]: ...
+    @overload
+    def register(
+        self, /, *, name: str | None = None, **options: Unpack[TaskOptions]
+    ) -> Callable[[Callable[P, T]], TaskFunction[P, T]]: ...
+    def register(
+        self,
+        function: Callable[..., Any] | None = None,
+        /,
+        *,
+        name: str | None = None,
+        **options: Unpack[TaskOptions],
+    ) -> Any:
+        """Register a function, plain or async; a decorator with or without options.
+
+        Raises: `ValueError` if the name is taken or an option is out of range.
+        """
+        if function is None:
+            return partial(self._add, name, options)
+        return self._add(name, options, function)
+
+    def _add(
+        self, name: str | None, options: TaskOptions, function: Callable[..., Any]
+    ) -> TaskFunction[..., Any]:
+        if isinstance(function, TaskFunction):
+            function = function.function
+        added = TaskFunction(function, name or function.__name__, options)
+        if added.name in self._functions:
+            raise ValueError(
+                f"name must be new to the registry, not {added.name!r}:"
+                " give this function another one with name="
+            )
+        self._functions[added.name] = added
+        return added
+
+    def __getitem__(self, name: str) -> TaskFunction[..., Any]:
+        try:
+            return self._functions[name]
+        except KeyError:
+            raise UnknownTaskError(name) from None
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._functions
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._functions)
+
+    def __len__(self) -> int:
+        return len(self._functions)
+
+    def __repr__(self) -> str:
+        return f"<TaskRegistry {', '.join(self) or 'empty'}>"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        entries = [
+            (f.name, *_reference(f.function), f._options)
+            for f in self._functions.values()
+        ]
+        return _restore_registry, (entries,)
+
+
+def _reference(function: Callable[..., Any]) -> tuple[str, str]:
+    """Return module and name by which a child process finds `function`."""
+    module, path = function.__module__, function.__qualname__
+    main = sys.modules["__main__"]
+    if module == "__main__" and not (main.__spec__ or hasattr(main, "__file__")):
+        raise TypeError(
+            f"function {path!r} cannot reach a child process: this session has no"
+            " file that the child could import; move the function to a module"
+        )
+    with contextlib.suppress(ImportError, AttributeError):
+        if _look_up(module, path) is function:
+            return module, path
+    raise TypeError(
+        f"function {path!r} cannot reach a child process: it must be importable"
+        f" from module {module!r} under this name, at the top level"
+    )
+
+
+def _look_up(module: str, path: str) -> Any:
+    found: Any = importlib.import_module(module)
+    for name in path.split("."):
+        found = getattr(found, name)
+    return found.function if isinstance(found, TaskFunction) else found
+
+
+def _restore_registry(entries: list[tuple[str, str, str, TaskOptions]]) -> TaskRegistry:
+    registry = TaskRegistry()
+    for name, module, path, options in entries:
+        registry.register(_look_up(module, path), name=name, **options)
+    return registry
+
+
+@dataclass(slots=True)
+class _Outcome:
+    """How a run ended: with a value, with an error, or given back unharmed."""
+
+    value: Any = None
+    error: BaseException | None = None
+    retry: bool = True
+    delay: float | None = None
+    released: bool = False
+
+
+def _judge(error: BaseException) -> _Outcome:
+    """Return what an exception out of a function means for its task."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_frame.f_code.co_filename == __file__:
+        trace = trace.tb_next  # show where the function begins, not how we got there
+    error.__traceback__ = trace or error.__traceback__
+    if isinstance(error, Retry):
+        return _Outcome(error=error.__cause__ or error, delay=error.delay)
+    return _Outcome(error=error, retry=not isinstance(error, Reject))
+
+
+@dataclass(slots=True, eq=False)
+class _Run:
+    """A claimed task in this worker's hands, from its claim to its outcome.
+
+    Three threads look at it: the loop's, the function's and the heartbeat's. Each
+    field is written by one of them at a time, with one bytecode. The `_at` fields
+    are monotonic times at which the heartbeat has something to do.
+    """
+
+    task: Task
+    heartbeat: _Heartbeat
+    extended_at: float
+    extend_at: float
+    interrupt_at: float = math.inf
+    give_up_at: float = math.inf
+    job: asyncio.Task[None] | None = None  # not while a thread has it
+    call: Callable[[], Any] = _nothing  # what a thread is to do
+    thread: int | None = None
+    outcome: _Outcome | None = None
+    cancelled_for: str = ""
+    progress: dict[str, Any] | None = None
+    lost: bool = False
+    abandoned: bool = False
+
+    def begin(self, grace: float) -> None:
+        """Start the clock of the task's timeout."""
+        if self.task.timeout is not None:
+            self.interrupt_at = time.monotonic() + self.task.timeout
+            self.give_up_at = self.interrupt_at + grace
+            self.heartbeat.wake(self.interrupt_at)
+
+
+_current_run: contextvars.ContextVar[_Run] = contextvars.ContextVar("omniq_run")
+
+
+def current_task() -> Task:
+    """Return the task that is being run here, as it was when it was claimed.
+
+    Raises: `RuntimeError` outside a function that a worker runs.
+    """
+    run = _current_run.get(None)
+    if run is None:
+        raise RuntimeError("current_task() works only inside a task that a worker runs")
+    return run.task
+
+
+def progress(done: float, total: float | None = None, message: str = "") -> None:
+    """Show in `Task.progress` how far the running task is; cheap, never waits.
+
+    Stored as `{"done": …, "total": …, "message": …}`, with the next heartbeat or
+    within a second. Outside a worker it does nothing, so that a function that
+    reports progress can be called directly.
+
+    Raises: `LeaseLostError` once the task was cancelled or is another worker's.
+    """
+    for name, value in (("done", done), ("total", total)):
+        fine = value is None or (
+            isinstance(value, (int, float)) and abs(value) < math.inf
+        )
+        _check(fine, name, "a finite number", value)
+    run = _current_run.get(None)
+    if run is None:
+        return
+    if run.lost:
+        raise LeaseLostError([run.task.id])
+    text = _clean_text(str(message))
+    run.progress = {"done": done, "total": total, "message": text}
+    soon = run.extended_at + _PROGRESS_INTERVAL
+    if soon < run.extend_at < math.inf:
+        run.extend_at = soon
+        run.heartbeat.wake(soon)
+
+
+class _Threads:
+    """Runs plain functions in daemon threads, at most one for each slot."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._jobs: queue.SimpleQueue[_Run | None] = queue.SimpleQueue()
+        self._ended: deque[_Run] = deque()
+        self._noted = False
+        self._count = self._busy = 0
+
+    def open(self, on_end: Callable[[_Run], object]) -> None:
+        """Report the end of each run by `on_end`, on the loop that runs now."""
+        self._loop = asyncio.get_running_loop()
+        self._on_end = on_end
+
+    def start(self, run: _Run) -> None:
+        self._busy += 1
+        if self._busy > self._count:
+            self._count += 1
+            name = f"{self._name}-{self._count}"
+            threading.Thread(target=self._serve, name=name, daemon=True).start()
+        self._jobs.put(run)
+
+    def close(self) -> None:
+        for _ in range(self._count):
+            self._jobs.put(None)
+
+    def _serve(self) -> None:
+        while (run := self._jobs.get()) is not None:
+            self._perform(run)
+            self._ended.append(run)
+            del run  # an idle thread keeps no task alive
+            if not self._noted:  # one call for all that end before it is answered
+                self._noted = True
+                _call_soon(self._loop, self._report)
+
+    def _report(self) -> None:
+        self._noted = False
+        while self._ended:
+            self._busy -= 1
+            self._on_end(self._ended.popleft())
+
+    def _perform(self, run: _Run) -> None:
+        """Call the function of `run`; a timeout may be raised at any bytecode."""
+        try:
+            try:
+                run.thread = threading.get_ident()
+                run.outcome = _Outcome(run.call())
+            except BaseException as error:  # noqa: BLE001 (SystemExit is a failure too)
+                run.outcome = _judge(error)
+            self._leave(run)
+        except TaskTimeout as error:  # between the function's last line and here
+            run.outcome = run.outcome or _judge(error)
+            self._leave(run)
+        _name_timeout(run)
+
+    def _leave(self, run: _Run) -> None:
+        run.thread = None
+        if run.interrupt_at == math.inf and run.task.timeout is not None:
+            import ctypes  # noqa: PLC0415 (rare; costs import time)
+
+            # Takes back a timeout that was raised too late to be delivered.
+            ctypes.pythonapi.PyThreadState_SetAsyncExc(
+                ctypes.c_ulong(threading.get_ident()), None
+            )
+
+    def interrupt(self, run: _Run) -> bool:
+        """Raise `TaskTimeout` in the thread of `run`; False: not at this moment."""
+        import ctypes  # noqa: PLC0415 (rare; costs import time)
+
+        raise_in = ctypes.pythonapi.PyThreadState_SetAsyncExc
+        ident = run.thread
+        thread, error = ctypes.c_ulong(ident or 0), ctypes.py_object(TaskTimeout)
+        run.interrupt_at = math.inf
+        # The interpreter switches threads at calls of Python functions and at
+        # jumps back only: none lies between this check and the call in C. In the
+        # middle of an operation of this module the exception would tear it apart.
+        if run.thread is not None and ident not in _operating:
+            raise_in(thread, error)
+            return True
+        return False
+
+
+def _name_timeout(run: _Run) -> None:
+    """Put the facts into a `TaskTimeout` that was raised without them."""
+    error = run.outcome and run.outcome.error
+    if isinstance(error, TaskTimeout) and not error.task_id and run.outcome:
+        named = TaskTimeout(run.task.id, run.task.timeout or 0.0)
+        run.outcome.error = named.with_traceback(error.__traceback__)
+
+
+class _Heartbeat:
+    """Extends leases, writes progress and keeps time, in a thread of its own."""
+
+    def __init__(
+        self,
+        worker: AsyncWorker,
+        runs: set[_Run],
+        interrupt: Callable[[_Run], bool],
+        lose: Callable[[_Run], None],
+        give_up: Callable[[_Run], None],
+    ) -> None:
+        self._worker = worker
+        self._runs = runs
+        self._interrupt = interrupt
+        self._lose = lose
+        self._on_give_up = give_up
+        self._interval = worker.lease / 3
+        self._look_at = math.inf
+        self._ended = False
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread = threading.Thread(
+            target=self._run, name=f"{worker.name}-heartbeat", daemon=True
+        )
+
+    def start(self) -> None:
+        self._done = asyncio.get_running_loop().create_future()
+        self._thread.start()
+
+    async def stop(self) -> None:
+        self._ended = True
+        self.wake(-math.inf)
+        await asyncio.wait({self._done}, timeout=_LAST_WRITES)
+
+    def wake(self, at: float) -> None:
+        """Look at the runs at `at`, unless that happens anyway; for any thread."""
+        if at < self._look_at and self._loop is not None:
+            _call_soon(self._loop, self._woken.set)
+
+    def _run(self) -> None:
+        try:
+            asyncio.run(self._main())
+        except Exception:
+            logger.exception("the heartbeat of worker %s has ended", self._worker.name)
+        finally:
+            _call_soon(self._done.get_loop(), _set_result, self._done, None)
+
+    async def _main(self) -> None:
+        self._backend, copied = _own_copy(self._worker.backend)
+        self._jobs: set[asyncio.Task[None]] = set()
+        self._woken = asyncio.Event()
+        self._loop = asyncio.get_running_loop()
+        try:
+            while not self._ended:
+                await self._look()
+        finally:
+            for job in self._jobs:
+                job.cancel()
+            if copied:
+                await self._backend.close()
+
+    async def _look(self) -> None:
+        # In this order, so that a wake during the look is not lost: until the
+        # next time is known, every wake counts.
+        self._look_at = math.inf
+        self._woken.clear()
+        now = time.monotonic()
+        next_at = now + self._interval
+        for run in tuple(self._runs):
+            self._attend(run, now)
+            next_at = min(next_at, run.extend_at, run.interrupt_at, run.give_up_at)
+        self._look_at = next_at
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout_at(next_at):
+                await self._woken.wait()
+
+    def _attend(self, run: _Run, now: float) -> None:
+        """Begin what is due for one run; the database may take its time."""
+        if run.outcome is not None:
+            run.interrupt_at = run.give_up_at = math.inf
+        if run.extend_at <= now:
+            run.extend_at = math.inf
+            self._begin(self._extend(run))
+        if run.give_up_at <= now:
+            run.interrupt_at = run.give_up_at = math.inf
+            self._begin(self._give_up(run))
+        elif run.interrupt_at <= now and not self._interrupt(run):
+            run.interrupt_at = now + 0.005
+
+    def _begin(self, work: Coroutine[Any, Any, None]) -> None:
+        job = asyncio.ensure_future(work)
+        self._jobs.add(job)
+        job.add_done_callback(self._jobs.discard)
+
+    async def _extend(self, run: _Run) -> None:
+        sent = run.progress
+        now = time.monotonic()
+        try:
+            await self._backend.queue.extend(
+                run.task, self._worker.lease, progress=sent
+            )
+        except LeaseLostError:
+            self._lose(run)
+        except Exception as error:  # noqa: BLE001 (a heartbeat never gives up)
+            logger.warning("cannot extend task %s: %s", run.task.id, error)
+            run.extend_at = time.monotonic() + min(1.0, self._interval / 3)
+        else:
+            run.extended_at = now
+            wait = self._interval if run.progress is sent else _PROGRESS_INTERVAL
+            run.extend_at = now + min(self._interval, wait)
+        self._woken.set()
+
+    async def _give_up(self, run: _Run) -> None:
+        """Fail the attempt of a function that does not end, in its stead."""
+        error = TaskTimeout(run.task.id, run.task.timeout or 0.0)
+        try:
+            await self._backend.fail(run.task, error)
+        except LeaseLostError:
+            pass
+        except Exception as failure:  # noqa: BLE001 (as above)
+            logger.warning("cannot fail task %s: %s", run.task.id, failure)
+            run.give_up_at = time.monotonic() + 1.0
+            self._woken.set()
+            return
+        run.extend_at = math.inf
+        self._on_give_up(run)
+
+
+def _own_copy(backend: AsyncBackend) -> tuple[AsyncBackend, bool]:
+    """Return a backend with connections of its own, where it pickles; else itself."""
+    try:
+        return pickle.loads(pickle.dumps(backend)), True  # noqa: S301 (our own bytes)
+    except Exception:  # noqa: BLE001 (another engine may fail in any way)
+        return backend, False
+
+
+async def _enter(stack: contextlib.AsyncExitStack, context: _AnyContext) -> None:
+    """Enter a context manager of either kind; async, if it is both."""
+    if isinstance(context, AbstractAsyncContextManager):
+        await stack.enter_async_context(context)
+    else:
+        stack.enter_context(context)
+
+
+class _Shift:
+    """One run of a worker in one process: it claims, starts and settles."""
+
+    def __init__(
+        self,
+        worker: AsyncWorker,
+        until_empty: bool,  # noqa: FBT001 (as it comes from `run`)
+        max_tasks: float,
+        on_ready: Callable[[], object] = _nothing,
+    ) -> None:
+        self._worker = worker
+        self._until_empty = until_empty
+        self._left = max_tasks
+        self._on_ready = on_ready
+        self._free = worker.concurrency
+        self._runs: set[_Run] = set()
+        self._threads = _Threads(worker.name)
+        self._heartbeat = _Heartbeat(
+            worker, self._runs, self._interrupt, self._lose, self._give_up
+        )
+        self._loop = asyncio.get_running_loop()
+        self._changed = asyncio.Event()
+        self._claimer: asyncio.Task[None] | None = None
+        self._stopped_at = math.inf
+        self._stuck = False
+
+    # -- its life ------------------------------------------------------------
+
+    async def run(self) -> int:
+        """Work until stopped, out of tasks or stuck; return the exit status."""
+        async with contextlib.AsyncExitStack() as stack:
+            if self._worker.lifespan is not None:
+                await _enter(stack, self._worker.lifespan())
+            self._context = contextvars.copy_context()
+            self._threads.open(self._end_plain)
+            self._heartbeat.start()
+            try:
+                await self._work()
+            finally:
+                await self._heartbeat.stop()
+                self._threads.close()
+        if self._stuck:
+            return STUCK_STATUS
+        return 0 if self._left else _RENEW_STATUS
+
+    async def _work(self) -> None:
+        self._note("worker %s starts", self._worker.name)
+        self._claimer = asyncio.create_task(self._claim())
+        if self._stopped_at < math.inf:
+            self._claimer.cancel()
+        cleaner = asyncio.create_task(self._clean_now_and_then())
+        try:
+            await asyncio.wait({self._claimer})
+        finally:
+            cleaner.cancel()
+            self._claimer.cancel()
+            await self._drain()
+            self._note("worker %s stops", self._worker.name)
+        if not self._claimer.cancelled():
+            self._claimer.result()
+
+    def _note(self, message: str, *args: object) -> None:
+        logger.info(message, *args, extra={"worker": self._worker.name})
+
+    def stop(self) -> None:
+        """Claim no more; what runs gets the grace. For any thread."""
+        _call_soon(self._loop, self._stop)
+
+    def abandon(self) -> None:
+        """Stop, and give the async functions no grace. For any thread."""
+        _call_soon(self._loop, self._stop)
+        _call_soon(self._loop, self._cancel_all)
+
+    def kill(self) -> None:
+        """Do what must be done before the process ends at once: nothing."""
+
+    def _stop(self) -> None:
+        self._stopped_at = min(self._stopped_at, time.monotonic())
+        self._changed.set()
+        if self._claimer is not None:
+            self._claimer.cancel()
+
+    async def _drain(self) -> None:
+        """Let what runs end, within the grace if the worker was stopped."""
+        await self._await_runs(lambda: self._stopped_at + self._worker.grace)
+        self._cancel_all()
+        for run in self._unfinished():
+            if run.outcome is not None and run.job is not None:
+                run.job.cancel()
+        ends_at = time.monotonic() + _LAST_WRITES
+        await self._await_runs(lambda: ends_at, asynchronous=True)
+        for run in self._unfinished():
+            self._warn(run, "is left to its lease: it has not ended")
+
+    async def _await_runs(
+        self, deadline: Callable[[], float], *, asynchronous: bool = False
+    ) -> None:
+        while any(run.job or not asynchronous for run in self._unfinished()):
+            left = deadline() - time.monotonic()
+            if left <= 0:
+                return
+            self._changed.clear()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(left if left < math.inf else None):
+                    await self._changed.wait()
+
+    def _unfinished(self) -> list[_Run]:
+        return [run for run in self._runs if not (run.lost or run.abandoned)]
+
+    def _cancel_all(self) -> None:
+        for run in self._unfinished():
+            self._cancel(run, "stop")
+
+    # -- claiming ------------------------------------------------------------
+
+    async def _claim(self) -> None:
+        """Claim what there are free slots for, until stopped."""
+        await self._open()
+        pause = 0.0
+        while self._left:
+            if not (limit := self._room()):
+                self._changed.clear()
+                await self._changed.wait()
+                continue
+            try:
+                tasks = await self._dequeue(limit)
+                pause = 0.0
+            except StorageClosedError:
+                raise
+            except Exception as error:  # noqa: BLE001 (the database may recover)
+                pause = _longer(pause)
+                logger.warning("cannot claim, next try in %.1f s: %s", pause, error)
+                await asyncio.sleep(pause)
+                continue
+            if tasks is None:
+                return
+            for task in tasks:
+                self._take(task)
+
+    async def _open(self) -> None:
+        """Fail at once on a file that cannot be used; be patient with a busy one."""
+        with contextlib.suppress(DatabaseBusyError):
+            await self._worker.backend.cleanup()
+        self._on_ready()
+
+    def _room(self) -> int:
+        # Ended runs whose outcome is not written yet do not hold a slot, but they
+        # are bounded: a database that stalls stops the claims.
+        unwritten = 2 * self._worker.concurrency - len(self._runs)
+        return max(0, int(min(self._free, unwritten, self._left)))
+
+    async def _dequeue(self, limit: int) -> list[Task] | None:
+        """Claim up to `limit` tasks; `None`: there will be no more."""
+        if not self._until_empty:
+            return await self._dequeue_within(limit, None)
+        if tasks := await self._dequeue_within(limit, 0.0):
+            return tasks
+        if self._runs:  # they may fail and come back, or enqueue others
+            self._changed.clear()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(0.05):
+                    await self._changed.wait()
+            return []
+        await self._worker.backend.cleanup()  # settles what expired meanwhile
+        if await self._is_empty():
+            return None
+        return await self._dequeue_within(limit, 0.5)
+
+    async def _dequeue_within(self, limit: int, timeout: float | None) -> list[Task]:
+        worker = self._worker
+        return await worker.backend.queue.dequeue_many(
+            limit,
+            worker.queues,
+            timeout=timeout,
+            lease=worker.lease,
+            worker=worker.name,
+        )
+
+    async def _is_empty(self) -> bool:
+        """Return whether no task waits in our queues, but for paused ones."""
+        tasks = self._worker.backend.queue
+        waiting = set()
+        for name in self._worker.queues:
+            for status in (TaskStatus.SCHEDULED, TaskStatus.PENDING):
+                if await tasks.list_tasks(queue=name, status=status, limit=1):
+                    waiting.add(name)
+        if waiting:
+            waiting -= {stats.queue for stats in await tasks.stats() if stats.paused}
+        return not waiting
+
+    async def _clean_now_and_then(self) -> None:
+        while True:
+            # Jitter, so that a fleet of workers does not clean up in step.
+            await asyncio.sleep(_CLEANUP_INTERVAL * random.uniform(0.75, 1.25))  # noqa: S311
+            try:
+                await self._worker.backend.cleanup()
+            except Exception as error:  # noqa: BLE001 (the next one may do better)
+                logger.warning("cleanup failed: %s", error)
+
+    # -- running -------------------------------------------------------------
+
+    def _take(self, task: Task) -> None:
+        """Start a task that was claimed; nothing is awaited in between."""
+        self._left -= 1
+        now = time.monotonic()
+        run = _Run(task, self._heartbeat, now, now + self._worker.lease / 3)
+        self._runs.add(run)
+        function = self._worker.tasks._functions.get(task.func)
+        if function is None:
+            run.outcome = self._refuse(run)
+            run.job = self._loop.create_task(self._settle(run))
+            return
+        self._free -= 1
+        if self._is_fresh(task):
+            self._start(run, function)
+        else:
+            run.job = self._loop.create_task(self._confirm(run, function))
+
+    def _is_fresh(self, task: Task) -> bool:
+        # The claim may have been delivered late, because a function blocked the
+        # loop; its lease may be over. By another clock than ours every claim
+        # looks stale: that costs one more heartbeat, and no harm.
+        until = task.lease_until
+        left = self._worker.lease if until is None else until.timestamp() - time.time()
+        return left > self._worker.lease / 2
+
+    async def _confirm(self, run: _Run, function: TaskFunction[..., Any]) -> None:
+        """Start a run whose lease may have ended, if it is still ours."""
+        try:
+            await self._worker.backend.queue.extend(run.task, self._worker.lease)
+        except (Exception, asyncio.CancelledError) as error:
+            self._warn(run, "is left to its lease: %s", error)
+            self._runs.discard(run)
+            self._free_slot()
+            if not isinstance(error, OmniQError):
+                raise
+        else:
+            self._start(run, function)
+
+    def _refuse(self, run: _Run) -> _Outcome:
+        if self._until_empty:
+            return _Outcome(error=UnknownTaskError(run.task.func), retry=False)
+        self._warn(run, "is given back: this worker does not know its function")
+        return _Outcome(released=True, delay=60.0)
+
+    def _start(self, run: _Run, function: TaskFunction[..., Any]) -> None:
+        context = self._context.copy()
+        if function.is_async:
+            work = self._run_async(run, function)
+            run.job = self._loop.create_task(work, context=context)
+        else:
+            run.job = None
+            run.call = lambda: context.run(self._call, run, function)
+            self._threads.start(run)
+        run.begin(self._worker.grace)
+
+    def _call(self, run: _Run, function: TaskFunction[..., Any]) -> Any:
+        """Call a plain function; in its thread."""
+        task, wrap = run.task, self._worker.wrap
+        _current_run.set(run)
+        if wrap is None:
+            return function.function(*task.args, **task.kwargs)
+        with cast("AbstractContextManager[Any]", wrap(task)):
+            return function.function(*task.args, **task.kwargs)
+
+    async def _await(self, run: _Run, function: TaskFunction[..., Any]) -> Any:
+        """Call an async function; on the loop."""
+        task, wrap = run.task, self._worker.wrap
+        _current_run.set(run)
+        if wrap is None:
+            return await function.function(*task.args, **task.kwargs)
+        async with contextlib.AsyncExitStack() as stack:
+            await _enter(stack, wrap(task))
+            return await function.function(*task.args, **task.kwargs)
+
+    async def _run_async(self, run: _Run, function: TaskFunction[..., Any]) -> None:
+        try:
+            run.outcome = _Outcome(await self._await(run, function))
+        except asyncio.CancelledError as error:
+            run.outcome = self._judge_cancelled(run, error)
+        except BaseException as error:  # noqa: BLE001 (SystemExit is a failure too)
+            run.outcome = _judge(error)
+        while run.job is not None and run.job.cancelling():
+            run.job.uncancel()
+        self._free_slot()
+        await self._settle(run)
+
+    def _judge_cancelled(self, run: _Run, error: asyncio.CancelledError) -> _Outcome:
+        if run.cancelled_for == "timeout":
+            late = TaskTimeout(run.task.id, run.task.timeout or 0.0)
+            return _Outcome(error=late.with_traceback(error.__traceback__))
+        if run.job is not None and run.job.cancelling():
+            return _Outcome(released=True)
+        return _Outcome(error=error)  # raised by the function itself
+
+    def _end_plain(self, run: _Run) -> None:
+        run.job = self._loop.create_task(self._settle(run))
+        self._free_slot()
+
+    def _free_slot(self) -> None:
+        self._free += 1
+        self._changed.set()
+
+    # -- interrupting --------------------------------------------------------
+
+    def _interrupt(self, run: _Run) -> bool:
+        """End a run that is over its time. Called by the heartbeat."""
+        if run.job is None:
+            return self._threads.interrupt(run)
+        run.interrupt_at = math.inf
+        _call_soon(self._loop, self._cancel, run, "timeout")
+        return True
+
+    def _lose(self, run: _Run) -> None:
+        """Take note that a run is no longer ours. Called by the heartbeat."""
+        if run.outcome is None:  # else its outcome finds out
+            run.lost = True
+            self._warn(run, "has lost its lease while it runs")
+            _call_soon(self._loop, self._cancel, run, "lost")
+
+    def _give_up(self, run: _Run) -> None:
+        """Leave a run alone that does not end. Called by the heartbeat."""
+        run.abandoned = True
+        text = "does not end; its attempt has failed, and the worker stops"
+        self._log(logging.ERROR, run, text)
+        _call_soon(self._loop, self._wind_up)
+
+    def _wind_up(self) -> None:
+        self._stuck = True
+        self._changed.set()
+        if self._claimer is not None:
+            self._claimer.cancel()
+
+    def _cancel(self, run: _Run, why: str) -> None:
+        if run.outcome is None and run.job is not None:
+            run.cancelled_for = run.cancelled_for or why
+            run.job.cancel()
+
+    # -- settling ------------------------------------------------------------
+
+    async def _settle(self, run: _Run) -> None:
+        """Write the outcome until it is written, or no longer ours to write."""
+        pause = 0.0
+        try:
+            while not (run.lost or run.abandoned):
+                try:
+                    return await self._write(run)
+                except LeaseLostError:
+                    return self._warn(run, "has lost its lease; its outcome is dropped")
+                except (TypeError, ValueError, RecursionError) as error:
+                    self._refuse_value(run, error)
+                except Exception as error:  # noqa: BLE001 (it may recover)
+                    pause = _longer(pause)
+                    self._warn(run, "cannot be settled yet: %s", error)
+                    await asyncio.sleep(pause)
+        finally:
+            self._runs.discard(run)
+            self._changed.set()
+
+    def _refuse_value(self, run: _Run, error: Exception) -> None:
+        """Fail a task whose result cannot be stored; again, it would be the same."""
+        assert run.outcome is not None
+        if run.outcome.error is not None:
+            raise error
+        run.outcome = _Outcome(error=error, retry=False)
+
+    async def _write(self, run: _Run) -> None:
+        backend, task, outcome = self._worker.backend, run.task, run.outcome
+        assert outcome is not None
+        if outcome.released:
+            await backend.queue.release(task, delay=outcome.delay or 0.0)
+        elif outcome.error is None:
+            await backend.complete(task, outcome.value)
+        else:
+            status = await backend.fail(
+                task, outcome.error, retry=outcome.retry, delay=outcome.delay
+            )
+            self._report(run, status, outcome.error)
+
+    def _report(self, run: _Run, status: TaskStatus, error: BaseException) -> None:
+        if status == TaskStatus.FAILED:
+            self._log(logging.ERROR, run, "has failed for good", exc_info=error)
+        else:
+            text = "failed in attempt %d of %d and runs again: %s"
+            reason = f"{type(error).__name__}: {error}"
+            self._warn(run, text, run.task.attempt, run.task.max_attempts, reason)
+
+    def _warn(self, run: _Run, message: str, *args: object) -> None:
+        self._log(logging.WARNING, run, message, *args)
+
+    def _log(
+        self,
+        level: int,
+        run: _Run,
+        message: str,
+        *args: object,
+        exc_info: BaseException | None = None,
+    ) -> None:
+        task = run.task
+        facts = {
+            "task_id": task.id,
+            "queue": task.queue,
+            "func": task.func,
+            "attempt": task.attempt,
+            "worker": self._worker.name,
+        }
+        text = f"task %s (%s) {message}"
+        logger.log(
+            level, text, task.id, task.func, *args, exc_info=exc_info, extra=facts
+        )
+
+
+def _longer(pause: float) -> float:
+    """Return the next pause between tries: from 50 ms, doubled, with jitter."""
+    return min(max(0.05, pause * 2), _LONGEST_PAUSE) * random.uniform(0.8, 1.2)  # noqa: S311
+
+
+class _Child:
+    """One worker process, and the pipe through which it is told to stop.
+
+    The process also stops when the pipe breaks, because this one has ended. It
+    answers the pipe once, when its worker is ready.
+    """
+
+    def __init__(
+        self, make: Callable[[], AsyncWorker], name: str, terms: tuple[bool, float]
+    ) -> None:
+        import multiprocessing  # noqa: PLC0415 (costs import time)
+
+        spawn = multiprocessing.get_context("spawn")
+        self.name = name
+        self.started_at = time.monotonic()
+        self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._pipe, far_end = spawn.Pipe()
+        self._process = spawn.Process(
+            target=_serve_as_child, args=(make, far_end, terms), name=name
+        )
+        with _blocked(signal.SIGINT):
+            self._process.start()
+        far_end.close()
+        threading.Thread(target=self._await_end, daemon=True).start()
+
+    def _await_end(self) -> None:
+        # By its process id: a pipe may be held open by what the child forked.
+        while self._process.exitcode is None:
+            self._process.join()
+        _call_soon(self.ended.get_loop(), _set_result, self.ended, None)
+
+    @property
+    def status(self) -> int:
+        return self._process.exitcode or 0
+
+    def was_ready(self) -> bool:
+        with contextlib.suppress(OSError):
+            return self._pipe.poll()
+        return False
+
+    def stop(self) -> None:
+        with contextlib.suppress(OSError):
+            self._pipe.send("stop")
+
+    def kill(self) -> None:
+        self._process.kill()
+
+    def close(self) -> None:
+        self._pipe.close()
+
+
+@contextlib.contextmanager
+def _blocked(signum: signal.Signals) -> Iterator[None]:
+    """Hold a signal back, also in a process that is started meanwhile."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signum})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _serve_as_child(
+    make: Callable[[], AsyncWorker], pipe: Connection, terms: tuple[bool, float]
+) -> None:
+    """Be a worker process: `terms` are those of `_Shift`."""
+    # A Ctrl-C in the terminal reaches parent and children: the parent decides.
+    # A handler, not SIG_IGN, which programs started by tasks would inherit.
+    signal.signal(signal.SIGINT, lambda *_: None)
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    worker = make()
+    threading.Thread(target=_obey, args=(worker, pipe), daemon=True).start()
+
+    async def serve() -> int:
+        shift = _Shift(worker, *terms, partial(_tell, pipe))
+        try:
+            return await worker._perform(shift, (signal.SIGTERM,))
+        finally:
+            await worker.backend.close()
+
+    sys.exit(_run_loop(serve()))
+
+
+def _tell(pipe: Connection) -> None:
+    with contextlib.suppress(OSError):
+        pipe.send("ready")
+
+
+def _obey(worker: AsyncWorker, pipe: Connection) -> None:
+    """Stop the worker at a word from the parent, or at the parent's end."""
+    with contextlib.suppress(EOFError, OSError):
+        pipe.recv()
+    worker.stop()
+    time.sleep(worker.grace + 2 * _LAST_WRITES)
+    os._exit(1)
+
+
+class _Crew:
+    """Child processes that run a shift each; one that ends is replaced."""
+
+    def __init__(
+        self, worker: AsyncWorker, processes: int, terms: tuple[bool, float]
+    ) -> None:
+        self._worker = worker
+        self._places = range(1, processes + 1)
+        self._terms = terms
+        self._children: set[_Child] = set()
+        self._loop = asyncio.get_running_loop()
+        self._stopped = asyncio.Event()
+        self._proven = False
+
+    async def run(self) -> int:
+        """Keep every place filled until stopped, or until the work is done."""
+        self._check_pickles()
+        atexit.register(self._dismiss)  # before `multiprocessing` joins them
+        jobs = [asyncio.ensure_future(self._keep(place)) for place in self._places]
+        try:
+            await asyncio.gather(*jobs)
+        finally:
+            self._stop()
+            await asyncio.wait(jobs)
+            atexit.unregister(self._dismiss)
+        return 0
+
+    def _check_pickles(self) -> None:
+        try:
+            pickle.dumps(self._worker._copy(""))
+        except Exception as error:
+            raise TypeError(
+                "processes= needs a backend, tasks, wrap= and lifespan= that can be"
+                f" sent to another process: {error}"
+            ) from error
+
+    def stop(self) -> None:
+        """Tell the children to stop; they have the grace. For any thread."""
+        _call_soon(self._loop, self._stop)
+
+    abandon = stop
+
+    def kill(self) -> None:
+        """End the children at once."""
+        for child in self._children:
+            child.kill()
+
+    def _stop(self) -> None:
+        if not self._stopped.is_set():
+            self._stopped.set()
+            self._loop.call_later(self._worker.grace + 2 * _LAST_WRITES, self.kill)
+        for child in self._children:
+            child.stop()
+
+    def _dismiss(self) -> None:
+        for child in self._children:
+            child.close()
+
+    async def _keep(self, place: int) -> None:
+        """Keep one place filled, with a new name for each child in it."""
+        pause = 0.0
+        for life in itertools.count(1):
+            if self._stopped.is_set():
+                return
+            suffix = f"-{place}" if life == 1 else f"-{place}.{life}"
+            child = self._hire(self._worker.name + suffix)
+            await child.ended
+            await self._bury(child)
+            if self._terms[0] and child.status == 0:
+                return
+            quick = time.monotonic() - child.started_at < _QUICK_DEATH
+            planned = child.status in (0, STUCK_STATUS, _RENEW_STATUS)
+            pause = _longer(pause) if quick and not planned else 0.0
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(pause):
+                    await self._stopped.wait()
+
+    def _hire(self, name: str) -> _Child:
+        make = self._worker._copy(name)
+        child = _Child(make, name, self._terms)
+        self._children.add(child)
+        return child
+
+    async def _bury(self, child: _Child) -> None:
+        """Free the tasks of a child that has ended; without waiting for leases."""
+        self._children.discard(child)
+        self._proven = self._proven or child.was_ready()
+        child.close()
+        await self._reclaim(child.name)
+        if self._stopped.is_set() or child.status == 0:
+            return
+        if not self._proven:
+            raise RuntimeError(
+                f"worker process {child.name} ended with status {child.status} before"
+                " it was ready; its own message says why"
+            )
+        logger.warning(
+            "worker process %s ended with status %s and is replaced",
+            child.name,
+            child.status,
+            extra={"worker": child.name},
+        )
+
+    async def _reclaim(self, name: str) -> None:
+        pause = 0.0
+        while True:
+            try:
+                await self._worker.backend.queue.reclaim(name)
+                return
+            except Exception as error:  # noqa: BLE001 (its leases end by themselves)
+                logger.warning("cannot reclaim the tasks of %s: %s", name, error)
+                if self._stopped.is_set():
+                    return
+                pause = _longer(pause)
+                await asyncio.sleep(pause)
+
+
+@contextlib.contextmanager
+def _handling(
+    handler: Callable[[int, FrameType | None], None],
+    signums: Sequence[signal.Signals],
+) -> Iterator[None]:
+    """Handle signals meanwhile; only the main thread can, elsewhere do nothing."""
+    if threading.current_thread() is not threading.main_thread():
+        signums = ()
+    # Not `loop.add_signal_handler`: that one waits for a function that blocks the
+    # loop, and a second Ctrl-C must end just such a process.
+    before = {signum: signal.signal(signum, handler) for signum in signums}
+    try:
+        yield
+    finally:
+        for signum, earlier in before.items():
+            signal.signal(signum, earlier or signal.SIG_DFL)
+
+
+class AsyncWorker:
+    """Run tasks in this event loop, in threads, or in child processes.
+
+    `queues` in order of preference; `concurrency` tasks at once in each process
+    (8 by default; async functions are cheap to run in hundreds). `lease`: seconds
+    after which another worker takes the tasks of one that has died; it is extended
+    while a function runs. `grace`: seconds that running tasks are given at a stop,
+    and a function to end after its timeout. `name` must be unique; by default it
+    is made of host, process id and a random part.
+
+    `wrap(task)` returns a context manager that is entered around each run, in the
+    function's thread or on the loop; `lifespan()` one around the worker, in each
+    process. Both may be plain or, where they are entered on the loop (around async
+    functions and the worker), async.
+
+    Raises: `TypeError` for a blocking backend: that is for `Worker`.
+    """
+
+    def __init__(
+        self,
+        backend: AsyncBackend,
+        tasks: TaskRegistry,
+        *,
+        queues: QueueNames = ("default",),
+        concurrency: int = DEFAULT_CONCURRENCY,
+        lease: float = DEFAULT_LEASE,
+        grace: float = 10.0,
+        name: str | None = None,
+        wrap: Callable[[Task], _AnyContext] | None = None,
+        lifespan: Callable[[], _AnyContext] | None = None,
+    ) -> None:
+        if not inspect.iscoroutinefunction(backend.complete):
+            raise TypeError("AsyncWorker needs an async backend; Worker takes this one")
+        _check_integer("concurrency", concurrency, minimum=1)
+        _check_number("lease", lease, minimum=0.001)
+        _check_number("grace", grace)
+        _check_text("name", name, optional=True)
+        self.backend = backend
+        self.tasks = tasks
+        self.queues = (queues,) if isinstance(queues, str) else tuple(queues)
+        _check(bool(self.queues), "queues", "at least one name", queues)
+        self.concurrency = concurrency
+        self.lease = lease
+        self.grace = grace
+        self.name = name or _worker_name()
+        self.wrap = wrap
+        self.lifespan = lifespan
+        self._job: _Shift | _Crew | None = None
+        self._stopping = False
+        self._signals = 0
+
+    async def run(
+        self,
+        *,
+        until_empty: bool = False,
+        max_tasks: int | None = None,
+        processes: int = 1,
+        signals: bool = True,
+    ) -> int:
+        """Work until stopped and return the exit status for the process.
+
+        That is 0, or 75 when a function did not end within `grace` after its
+        timeout and the process should be replaced. `until_empty`: return when no
+        task of our queues can be claimed or is scheduled (tasks that other workers
+        run and queues that are paused do not count). `max_tasks`: return after so
+        many. `processes`: more than one runs the worker in as many child processes
+        named `NAME-1` and so on, which are replaced when they end; functions must
+        then be importable. `signals`: stop at SIGINT or SIGTERM, and end at once at
+        the second (main thread only).
+
+        Cancelled, it releases async functions at once and waits for plain ones.
+        """
+        _check_integer("processes", processes, minimum=1)
+        if max_tasks is not None:
+            _check_integer("max_tasks", max_tasks, minimum=1)
+        if self._job is not None:
+            raise RuntimeError(f"worker {self.name!r} runs already")
+        terms = (until_empty, math.inf if max_tasks is None else max_tasks)
+        job = _Crew(self, processes, terms) if processes > 1 else _Shift(self, *terms)
+        status = await self._perform(
+            job, (signal.SIGINT, signal.SIGTERM) if signals else ()
+        )
+        return status if status == STUCK_STATUS else 0
+
+    def stop(self) -> None:
+        """End `run` as the first signal does; from any thread, at any time.
+
+        Before `run`, it makes the next `run` return at once.
+        """
+        self._stopping = True
+        if (job := self._job) is not None:
+            job.stop()
+
+    def _abandon(self) -> None:
+        self._stopping = True
+        if (job := self._job) is not None:
+            job.abandon()
+
+    async def _perform(
+        self, job: _Shift | _Crew, signums: Sequence[signal.Signals]
+    ) -> int:
+        self._job = job
+        self._signals = 0
+        if self._stopping:
+            job.stop()
+        try:
+            with _handling(self._on_signal, signums):
+                return await _unbroken(job)
+        finally:
+            self._job = None
+            self._stopping = False
+
+    def _on_signal(self, signum: int, _: FrameType | None) -> None:
+        self._signals += 1
+        if self._signals == 1:
+            return self.stop()
+        if self._job is not None:
+            self._job.kill()
+        signal.signal(signum, signal.SIG_DFL)
+        signal.raise_signal(signum)
+        os._exit(128 + signum)  # process 1 of a container is not killed by it
+
+    def _copy(self, name: str) -> partial[AsyncWorker]:
+        """Return what makes this worker anew in a child process."""
+        return partial(
+            AsyncWorker,
+            self.backend,
+            self.tasks,
+            queues=self.queues,
+            concurrency=self.concurrency,
+            lease=self.lease,
+            grace=self.grace,
+            name=name,
+            wrap=self.wrap,
+            lifespan=self.lifespan,
+        )
+
+
+def _worker_name() -> str:
+    return f"{socket.gethostname()}-{os.getpid()}-{os.urandom(3).hex()}"
+
+
+async def _unbroken(job: _Shift | _Crew) -> int:
+    """Await a job to its end, also when the caller is cancelled meanwhile."""
+    work = asyncio.ensure_future(job.run())
+    try:
+        return await asyncio.shield(work)
+    except asyncio.CancelledError:
+        job.abandon()
+        while not work.done():
+            with contextlib.suppress(asyncio.CancelledError):
+                with anyio.CancelScope(shield=True):
+                    await asyncio.wait({work})
+        raise
+
+
+def _run_loop(work: Coroutine[Any, Any, int]) -> int:
+    """Run a coroutine in a new event loop in this thread.
+
+    Not `asyncio.run`, which at its end waits for tasks that ignore cancellation.
+    """
+    loop = asyncio.new_event_loop()
+    try:
+        return loop.run_until_complete(work)
+    finally:
+        if left := asyncio.all_tasks(loop):
+            for task in left:
+                task.cancel()
+            loop.run_until_complete(asyncio.wait(left, timeout=1.0))
+        loop.run_until_complete(loop.shutdown_asyncgens())
+        loop.close()
+
+
+class _ThreadedQueue:
+    """What a worker needs of a blocking queue of another engine, in async form."""
+
+    def __init__(self, blocking: TaskQueue) -> None:
+        self._queue = blocking
+
+    async def dequeue_many(
+        self,
+        limit: int,
+        queues: QueueNames = "default",
+        *,
+        timeout: float | None = 0.0,
+        lease: float = DEFAULT_LEASE,
+        worker: str | None = None,
+    ) -> list[Task]:
+        # In slices: a thread that waits cannot be told that nobody waits for it.
+        ends_at = math.inf if timeout is None else time.monotonic() + timeout
+        while True:
+            left = max(0.0, min(ends_at - time.monotonic(), 0.25))
+            call = partial(
+                self._queue.dequeue_many, timeout=left, lease=lease, worker=worker
+            )
+            claim = asyncio.ensure_future(asyncio.to_thread(call, limit, queues))
+            try:
+                tasks = await asyncio.shield(claim)
+            except asyncio.CancelledError:
+                claim.add_done_callback(self._give_back)
+                raise
+            if tasks or time.monotonic() >= ends_at:
+                return tasks
+
+    def _give_back(self, claim: asyncio.Future[list[Task]]) -> None:
+        if not claim.cancelled() and claim.exception() is None:
+            for task in claim.result():
+                self._queue.release(task)
+
+    async def release(self, task: Task, *, delay: float = 0.0) -> None:
+        await asyncio.to_thread(self._queue.release, task, delay=delay)
+
+    async def extend(
+        self, task: Task, lease: float = DEFAULT_LEASE, *, progress: Any = None
+    ) -> Task:
+        extend = self._queue.extend
+        return await asyncio.to_thread(extend, task, lease, progress=progress)
+
+    async def reclaim(self, worker: str) -> int:
+        return await asyncio.to_thread(self._queue.reclaim, worker)
+
+    async def list_tasks(self, **filters: Any) -> list[Task]:
+        return await asyncio.to_thread(self._queue.list_tasks, **filters)
+
+    async def stats(self) -> list[QueueStats]:
+        return await asyncio.to_thread(self._queue.stats)
+
+
+class _ThreadedBackend:
+    """What a worker needs of a blocking backend of another engine, in async form."""
+
+    def __init__(self, blocking: Backend) -> None:
+        self._backend = blocking
+        self.queue = _ThreadedQueue(blocking.queue)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _ThreadedBackend, (self._backend,)
+
+    async def complete(self, task: Task, value: Any = None) -> None:
+        await asyncio.to_thread(self._backend.complete, task, value)
+
+    async def fail(
+        self,
+        task: Task,
+        exception: BaseException,
+        *,
+        retry: bool = True,
+        delay: float | None = None,
+    ) -> TaskStatus:
+        fail = self._backend.fail
+        return await asyncio.to_thread(fail, task, exception, retry=retry, delay=delay)
+
+    async def cleanup(self) -> dict[str, int]:
+        return await asyncio.to_thread(self._backend.cleanup)
+
+    async def close(self) -> None:
+        """Leave the blocking backend open: it is the caller's."""
+
+
+def _to_async(backend: Backend) -> AsyncBackend:
+    if inspect.iscoroutinefunction(backend.complete):
+        raise TypeError("Worker needs a blocking backend; AsyncWorker takes this one")
+    to_async: Callable[[], AsyncBackend] | None = getattr(backend, "to_async", None)
+    if to_async is not None:
+        return to_async()
+    return cast("AsyncBackend", _ThreadedBackend(backend))
+
+
+def _loop_runs_here() -> bool:
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return False
+    return True
+
+
+class Worker:
+    """Run tasks in this thread, in further threads, or in child processes.
+
+    The blocking twin of `AsyncWorker`, which documents the parameters; async
+    functions run on an event loop of the worker's own, in the thread that calls
+    `run`, or in one beside it where that thread has a running loop (a notebook).
+
+    Raises: `TypeError` for an async backend: that is for `AsyncWorker`.
+    """
+
+    def __init__(
+        self,
+        backend: Backend,
+        tasks: TaskRegistry,
+        *,
+        queues: QueueNames = ("default",),
+        concurrency: int = DEFAULT_CONCURRENCY,
+        lease: float = DEFAULT_LEASE,
+        grace: float = 10.0,
+        name: str | None = None,
+        wrap: Callable[[Task], _AnyContext] | None = None,
+        lifespan: Callable[[], _AnyContext] | None = None,
+    ) -> None:
+        self._backend = backend
+        self._async = AsyncWorker(
+            _to_async(backend),
+            tasks,
+            queues=queues,
+            concurrency=concurrency,
+            lease=lease,
+            grace=grace,
+            name=name,
+            wrap=wrap,
+            lifespan=lifespan,
+        )
+
+    @property
+    def name(self) -> str:
+        """The name under which `list_workers()` shows it."""
+        return self._async.name
+
+    def run(
+        self,
+        *,
+        until_empty: bool = False,
+        max_tasks: int | None = None,
+        processes: int = 1,
+        signals: bool = True,
+    ) -> int:
+        """Work until stopped and return the exit status for the process.
+
+        See `AsyncWorker.run`. With `signals=False`, Ctrl-C in the main thread
+        stops it too, and is raised at the end.
+        """
+        work = partial(
+            self._run,
+            until_empty=until_empty,
+            max_tasks=max_tasks,
+            processes=processes,
+            signals=signals,
+        )
+        if _loop_runs_here():
+            return self._run_beside(work)
+        return self._run_here(work, signals=signals)
+
+    def stop(self) -> None:
+        """End `run` as the first signal does; from any thread, at any time.
+
+        Before `run`, it makes the next `run` return at once.
+        """
+        self._async.stop()
+
+    async def _run(self, **terms: Any) -> int:
+        self._async.backend = _to_async(self._backend)
+        try:
+            return await self._async.run(**terms)
+        finally:
+            await self._async.backend.close()
+
+    def _run_here(
+        self, work: Callable[[], Coroutine[Any, Any, int]], *, signals: bool
+    ) -> int:
+        interrupts = 0
+
+        def interrupt(_signum: int, _frame: FrameType | None) -> None:
+            nonlocal interrupts
+            interrupts += 1
+            self._async._abandon()
+            if interrupts > 1:
+                raise KeyboardInterrupt
+
+        ours = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        with _handling(interrupt, [signal.SIGINT] if ours and not signals else []):
+            status = _run_loop(work())
+        if interrupts:
+            raise KeyboardInterrupt
+        return status
+
+    def _run_beside(self, work: Callable[[], Coroutine[Any, Any, int]]) -> int:
+        """Run in a new thread, because this one has a loop that runs."""
+        ended: queue.SimpleQueue[int | BaseException] = queue.SimpleQueue()
+
+        def serve() -> None:
+            try:
+                ended.put(_run_loop(work()))
+            except BaseException as error:  # noqa: BLE001 (raised in the caller)
+                ended.put(error)
+
+        threading.Thread(target=serve, name=self.name, daemon=True).start()
+        try:
+            result = ended.get()
+        except KeyboardInterrupt:
+            self._async._abandon()
+            ended.get()
+            raise
+        if isinstance(result, BaseException):
+            raise result
+        return result
+
+
+# =============================================================================
+# Command line
+# =============================================================================
+#
+# `python -m omniq_sqlite COMMAND FILE` or the script `omniq-sqlite`. A command
+# is a function from its parsed options to the exit status, and stands under the
+# options that it takes. Values that are typed in are JSON or else plain strings;
+# the only code that is imported is what the operator names with `--app`. What
+# comes out of a file is escaped before it reaches a terminal. First how things
+# are shown, then the demo, then the other commands.
+
+
+class _CommandError(Exception):
+    """A command cannot do what it was asked to; the text is the one line shown."""
+
+
+def _escape(character: str) -> str:
+    if "\udc80" <= character <= "\udcff":  # a byte of a file name that is not UTF-8
+        return f"\\x{ord(character) - 0xDC00:02x}"
+    return character.encode("unicode_escape").decode()
+
+
+def _printable(text: str) -> str:
+    """Return `text` without anything that a terminal would act on."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else _escape(c) for c in text)
+
+
+def _columns_of(text: str) -> int:
+    """Return how many columns of a terminal `text` takes."""
+    if text.isascii():
+        return len(text)
+    wide = sum(unicodedata.east_asian_width(c) in ("W", "F") for c in text)
+    return len(text) + wide - sum(unicodedata.combining(c) > 0 for c in text)
+
+
+def _fit(text: str, width: int) -> str:
+    if _columns_of(text) <= width:
+        return text
+    while _columns_of(text) >= width:
+        text = text[: min(len(text), width) - 1]
+    return text + "…"
+
+
+def _show_value(value: object) -> str:
+    """Return one cell of a table."""
+    if value is None:
+        return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, datetime):
+        return value.astimezone().isoformat(" ", "milliseconds")[:23]
+    if isinstance(value, tuple):
+        return ", ".join(map(str, value))
+    return str(value)
+
+
+def _show_size(size: float) -> str:
+    for unit, length in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if size >= length:
+            return f"{size / length:,.1f} {unit}"
+    return f"{size:.0f} bytes"
+
+
+def _show_age(instant: datetime | None) -> str:
+    """Return how long ago `instant` was."""
+    if instant is None:
+        return "-"
+    seconds = max(0.0, (_now() - instant).total_seconds())
+    for unit, length in (("days", 86_400), ("h", 3_600), ("min", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:,.0f} {unit}"
+    return f"{seconds:.0f} s"
+
+
+def _print_table(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    """Print a table that fits the terminal; the widest columns give way first.
+
+    The first column is what gets copied into the next command, so it keeps the
+    32 characters of an id. Where there is no terminal, nothing is cut.
+    """
+    cells = [[_printable(_show_value(cell)) for cell in row] for row in rows]
+    widths = [
+        max(map(_columns_of, column)) for column in zip(headers, *cells, strict=True)
+    ]
+    least = [min(widths[0], 32), *(min(width, 6) for width in widths[1:])]
+    space = shutil.get_terminal_size((1_000_000, 24)).columns
+    for _ in range(sum(widths) + 2 * len(widths) - 2 - space):
+        room = [(width, i) for i, width in enumerate(widths) if width > least[i]]
+        if room:
+            widths[max(room)[1]] -= 1
+    numbers = [
+        all(type(cell) is int for cell in column) for column in zip(*rows, strict=True)
+    ]
+    for line in [list(headers), *cells]:
+        _print_row(line, widths, numbers)
+
+
+def _print_row(
+    cells: Sequence[str], widths: Sequence[int], numbers: Sequence[bool]
+) -> None:
+    padded = []
+    for cell, width, number in zip(cells, widths, numbers, strict=True):
+        text = _fit(cell, width)
+        space = " " * (width - _columns_of(text))
+        padded.append(space + text if number else text + space)
+    print("  ".join(padded).rstrip())
+
+
+def _print_facts(facts: Iterable[tuple[str, object]]) -> None:
+    """Print names and values, a line each; a long value is shown whole."""
+    for name, value in facts:
+        print(f"{name:<14} {_printable(_show_value(value))}")
+
+
+def _to_record(value: Any) -> dict[str, Any]:
+    """Return a task, result, event, … as an object for `--json`."""
+    return {item.name: _to_field(getattr(value, item.name)) for item in fields(value)}
+
+
+def _to_field(value: Any) -> Any:
+    if isinstance(value, datetime):
+        return value.isoformat()
+    try:
+        return _encode(list(value) if isinstance(value, tuple) else value)
+    except _Refused:  # somebody else wrote it: NaN, say
+        return repr(value)
+
+
+def _print_json(records: Iterable[Mapping[str, Any]]) -> None:
+    """Print an object a line, in ASCII, which every terminal and pipe takes."""
+    for record in records:
+        print(json.dumps(record))
+
+
+def _note(message: str) -> None:
+    """Say something beside the output, which stays fit for a pipe."""
+    if sys.stderr is not None:
+        print(_printable(message), file=sys.stderr)
+
+
+def _nothing_found(what: str, options: argparse.Namespace) -> int:
+    """Say that there is nothing to show; return the exit status for it."""
+    _note(f"no {what} in {options.file!r}")
+    return 1
+
+
+def _components(path: str) -> frozenset[str]:
+    """Return what a file holds of ours; creates and changes nothing."""
+    if not os.path.exists(path):
+        raise _CommandError(f"there is no file {path!r}")
+    database = _Database(_Options(_absolute(path)), ())
+
+    def look() -> frozenset[str]:
+        with contextlib.closing(database._open_file()) as connection:
+            connection.execute("PRAGMA trusted_schema = OFF")
+            return frozenset(schema_versions(connection, path))
+
+    return database.retry(look)
+
+
+def _check_holds(path: str, component: str) -> None:
+    """Refuse a file without these tables, which opening it would create."""
+    if component not in _components(path):
+        raise _CommandError(f"{path!r} has no OmniQ table of {component}")
+
+
+def _logs_events(options: argparse.Namespace) -> bool | None:
+    """Tell whether a command that changes tasks logs events: as the file did so far."""
+    there = os.path.exists(options.file) and "events" in _components(options.file)
+    return options.events or there or None
+
+
+def _program() -> str:
+    """Return how this program was started, as typed in a shell."""
+    if __name__ != "__main__":
+        return "omniq-sqlite"
+    if __spec__ is None:
+        return f"python {shlex.quote(sys.argv[0])}"
+    return f"python -m {__spec__.name}"
+
+
+# -- options --
+
+
+def _parse_count(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or not 0 < int(text[:10]) < 10**9:
+        raise argparse.ArgumentTypeError(f"must be a number from 1, not {text!r}")
+    return int(text)
+
+
+def _parse_instant(text: str) -> datetime:
+    """Return an ISO 8601 instant, in local time unless it says, or an age as one."""
+    units = {"s": 1, "m": 60, "h": 3_600, "d": 86_400}
+    try:
+        if text[-1:] in units:
+            return _now() - timedelta(seconds=float(text[:-1]) * units[text[-1]])
+        return datetime.fromisoformat(text).astimezone()
+    except (ValueError, OverflowError):
+        rule = "an instant such as 2026-01-31T12:00, or an age such as 90s, 10m, 2h, 7d"
+        raise argparse.ArgumentTypeError(f"must be {rule}, not {text!r}") from None
+
+
+def _parse_value(text: str) -> Any:
+    """Return `text` as JSON, or else as it is; nothing is ever evaluated."""
+    try:
+        return json.loads(text, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError):
+        return text
+
+
+def _refuse_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _parse_object(text: str) -> dict[str, Any]:
+    value = _parse_value(text)
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"must be a JSON object, not {text!r}")
+    return value
+
+
+_Command = Callable[[argparse.Namespace], int]
+_Option = tuple[str, dict[str, Any]]
+
+# By name: the function, what its help says, an example, the options.
+_commands: dict[str, tuple[_Command, str, str, Sequence[_Option]]] = {}
+
+
+def _option(name: str, help: str = "", **terms: Any) -> _Option:
+    return name, {"help": help, **terms}
+
+
+def _command(
+    name: str, example: str, *options: _Option
+) -> Callable[[_Command], _Command]:
+    """Make a function a command; its docstring is the help."""
+
+    def decorate(run: _Command) -> _Command:
+        _commands[name] = run, run.__doc__ or "", example, options
+        return run
+
+    return decorate
+
+
+_FILE = _option("file", "the database", metavar="FILE")
+_JSON = _option("--json", "print an object a line", action="store_true")
+_QUEUE = _option("--queue", "only this queue")
+_EVENTS = _option(
+    "--events",
+    "log events; without it they are logged where the file has some",
+    action="store_true",
+)
+
+
+# -- demo --
+
+_DEMO_QUEUE = "demo"
+_DEMO_CHUNK = 1_000  # tasks in one transaction, results in one look
+_DEMO_READ = 1 << 20  # bytes; a worker that stops looks up between two reads
+
+_demo_tasks = TaskRegistry()
+_demo_database = ""  # path of the database of the demo that this process is part of
+
+
+@contextlib.contextmanager
+def _in_demo(path: str) -> Iterator[None]:
+    """Note in this process which database its demo must not open as a file."""
+    global _demo_database  # noqa: PLW0603 (a function of a task has nothing else)
+    _demo_database = os.path.realpath(path)
+    yield
+
+
+def _is_demo_database(name: str, status: os.stat_result) -> bool:
+    """Tell whether a file is the database itself, under whatever name.
+
+    Closing any descriptor of it drops this process's locks on it, and what is
+    committed next is lost: https://sqlite.org/howtocorrupt.html, section 2.2.
+    """
+    for suffix in ("", "-wal", "-shm", "-journal"):
+        own = _demo_database + suffix
+        if name == own:
+            return True
+        with contextlib.suppress(OSError):
+            if os.path.samestat(status, os.lstat(own)):
+                return True
+    return False
+
+
+def _version_of(status: os.stat_result) -> tuple[int, int, int]:
+    """Return what tells versions of a file apart: inode, size, modification."""
+    return status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def _file_id(path: str, version: tuple[int, int, int] | None) -> str:
+    known = repr((os.fsencode(path), version)).encode()
+    return hashlib.sha256(known).hexdigest()[:32]
+
+
+def _media_type(name: str) -> str:
+    # Not the bare name: "data:…" would be taken for a URL.
+    kind, encoding = mimetypes.guess_type("./" + os.path.basename(name), strict=False)
+    if encoding is not None:
+        return f"application/{'' if encoding == 'gzip' else 'x-'}{encoding}"
+    return kind or "application/octet-stream"
+
+
+def _open_regular(name: str, flags: int) -> int:
+    # The name may have become a link or a FIFO since it was listed.
+    extra = ("O_NOFOLLOW", "O_NONBLOCK", "O_CLOEXEC")
+    return os.open(name, flags | sum(getattr(os, flag, 0) for flag in extra))
+
+
+async def _hash_file(name: str) -> tuple[str, os.stat_result]:
+    """Return the digest of a file, and what it was when it was read.
+
+    Async, so that a worker that stops takes it back between two reads and
+    releases the task unharmed.
+
+    Raises: `FileNotFoundError` for what is no regular file, `OSError` if it
+    changed meanwhile.
+    """
+    listed = os.lstat(name)
+    if not stat.S_ISREG(listed.st_mode) or _is_demo_database(name, listed):
+        raise FileNotFoundError("no regular file any more")
+    with open(  # noqa: ASYNC230 (a worker of the demo does nothing beside)
+        name, "rb", buffering=0, opener=_open_regular
+    ) as file:
+        before = os.fstat(file.fileno())
+        digest = hashlib.sha256()
+        while chunk := file.read(_DEMO_READ):
+            digest.update(chunk)
+            await asyncio.sleep(0)
+        after = os.fstat(file.fileno())
+    versions = {_version_of(status) for status in (before, after, os.lstat(name))}
+    if len(versions) > 1 or not stat.S_ISREG(before.st_mode):
+        raise OSError("changed while it was read")
+    return digest.hexdigest(), before
+
+
+@_demo_tasks.register(name="fingerprint")
+async def _fingerprint(path: str) -> dict[str, Any]:
+    """Return SHA-256, size and media type of a file; an error names the file."""
+    try:
+        digest, status = await _hash_file(path)
+    except OSError as error:
+        reason = f"{error.strerror or error}: {_printable(path)!r}"
+        if isinstance(error, (FileNotFoundError, NotADirectoryError, PermissionError)):
+            # That will be no better in a second, so there is no other attempt.
+            raise Reject(reason) from error
+        raise OSError(reason) from error
+    inode, size, mtime_ns = _version_of(status)
+    return {
+        "path": path,
+        "sha256": digest,
+        "size": size,
+        "type": _media_type(path),
+        "inode": inode,
+        "mtime_ns": mtime_ns,
+    }
+
+
+@dataclass
+class _Demo:
+    """One run of the demo: what it queued, and what came of it."""
+
+    backend: SQLiteBackend
+    results: ResultStorage
+    ids: list[str] = field(default_factory=list)
+    done_before: int = 0
+    done_now: int = 0
+    bytes: int = 0
+    retries: int = 0
+    workers: dict[str, list[int]] = field(default_factory=dict)
+    """By name: files and bytes."""
+    failures: dict[str, list[str]] = field(default_factory=dict)
+    """By reason: a line for each file."""
+
+    def fail(self, error: str, where: str = "") -> None:
+        error = error.removeprefix("Reject: ")
+        reason = error.partition(": '")[0].partition(': "')[0]  # without the name
+        self.failures.setdefault(reason, []).append(error + where)
+
+    # -- Queueing --
+
+    def scan(self, folder: str) -> Iterator[os.DirEntry[str]]:
+        """Yield the regular files under `folder`; no symbolic link is followed."""
+        folders = [folder]
+        while folders:
+            path = folders.pop()
+            try:
+                with os.scandir(path) as entries:
+                    for entry in entries:
+                        if entry.is_dir(follow_symlinks=False):
+                            folders.append(entry.path)
+                        elif entry.is_file(follow_symlinks=False):
+                            yield entry
+            except OSError as error:
+                self.fail(f"{error.strerror}: {path!r}")
+
+    def queue_files(self, folder: str) -> None:
+        """Enqueue a task for every file under `folder` that has no result yet."""
+        entries = self.scan(folder)
+        while chunk := list(itertools.islice(entries, _DEMO_CHUNK)):
+            tasks = [task for entry in chunk if (task := self.task_of(entry))]
+            self.add({task.id: task for task in tasks})
+
+    def task_of(self, entry: os.DirEntry[str]) -> Task | None:
+        """Return the task of a file, whose id follows from path and version.
+
+        So of two runs beside each other the second adds neither what is under
+        way (the key) nor what was finished a moment ago (the id, which
+        `retention` keeps taken).
+        """
+        version = None
+        with contextlib.suppress(OSError):  # vanished: its task will say so
+            status = entry.stat(follow_symlinks=False)
+            if _is_demo_database(entry.path, status):
+                return None
+            version = _version_of(status)
+        key = _file_id(entry.path, version)
+        return Task(
+            "fingerprint",
+            (entry.path,),
+            queue=_DEMO_QUEUE,
+            max_attempts=5,
+            retry_delay=0.2,
+            unique_key=key,
+            id=key,
+        )
+
+    def add(self, tasks: dict[str, Task]) -> None:
+        """Enqueue what has no result yet, and what has failed again."""
+        while tasks:
+            for task_id, result in self.results.get_many(tasks).items():
+                del tasks[task_id]
+                if result.status is ResultStatus.SUCCESS:
+                    self.done_before += 1
+                    self.bytes += result.value["size"]
+                else:
+                    self.retry(task_id)
+            try:
+                self.ids += self.backend.enqueue_many(tasks.values())
+                tasks = {}
+            except DuplicateTaskError as error:
+                # Another run has just finished it, or somebody has cancelled it.
+                del tasks[error.task_id]
+                self.retry(error.task_id)
+
+    def retry(self, task_id: str) -> None:
+        with contextlib.suppress(DuplicateTaskError):  # it runs under another id
+            self.backend.queue.retry(task_id)
+        self.ids.append(task_id)
+
+    # -- Working --
+
+    def stats(self) -> QueueStats:
+        found = (stats for stats in self.backend.queue.stats())
+        ours = (stats for stats in found if stats.queue == _DEMO_QUEUE)
+        return next(ours, QueueStats(_DEMO_QUEUE))
+
+    def count_left(self) -> int:
+        stats = self.stats()
+        return stats.scheduled + stats.pending + stats.running
+
+    def work(self, processes: int) -> None:
+        """Run workers until no file is left.
+
+        What another run has claimed is waited for; should it die, it is ours.
+        """
+        while self.count_left():
+            stats = self.stats()
+            if stats.paused:
+                raise _CommandError(f"the queue {_DEMO_QUEUE!r} is paused")
+            if not stats.scheduled and not stats.pending:
+                time.sleep(0.2)
+                self.backend.cleanup()
+                continue
+            worker = Worker(
+                self.backend,
+                _demo_tasks,
+                queues=[_DEMO_QUEUE],
+                concurrency=16,
+                lease=10.0,
+                grace=0.5,
+                lifespan=partial(_in_demo, _demo_database),
+            )
+            # Without its own handling of signals, Ctrl-C is raised here.
+            worker.run(until_empty=True, processes=processes, signals=False)
+
+    @contextlib.contextmanager
+    def progress(self) -> Iterator[None]:
+        """Show on a terminal how far it is."""
+        if sys.stderr is None or not sys.stderr.isatty():
+            yield
+            return
+        over = threading.Event()
+        thread = threading.Thread(target=self.show_progress, args=(over,), daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join()
+
+    def show_progress(self, over: threading.Event) -> None:
+        width = shutil.get_terminal_size().columns - 1
+        started, total = time.monotonic(), len(self.ids)
+        while not over.wait(0.25):
+            done = max(0, total - self.count_left())
+            rate = done / (time.monotonic() - started)
+            left = f"{(total - done) / rate:,.0f} s left" if done else ""
+            line = f"{done:,} of {total:,} files  {rate:,.0f} files/s  {left}"
+            print("\r" + line[:width].ljust(width), end="", file=sys.stderr, flush=True)
+        print("\r" + " " * width + "\r", end="", file=sys.stderr, flush=True)
+
+    # -- Reporting --
+
+    def collect(self) -> None:
+        """Add up the results of this run."""
+        for start in range(0, len(self.ids), _DEMO_CHUNK):
+            ids = self.ids[start : start + _DEMO_CHUNK]
+            results = self.results.get_many(ids)
+            for task_id in ids:
+                self.count(task_id, results.get(task_id) or self.result_of(task_id))
+
+    def result_of(self, task_id: str) -> TaskResult | None:
+        """Return how a task ended that stored no result: cancelled, say."""
+        with contextlib.suppress(TaskNotFoundError, TimeoutError):
+            return self.backend.result(task_id, timeout=0.0)
+        return None
+
+    def count(self, task_id: str, result: TaskResult | None) -> None:
+        if result is not None:
+            self.retries += max(0, (result.attempt or 1) - 1)
+        if result is None or result.status is not ResultStatus.SUCCESS:
+            error = (result.error if result else None) or "no result"
+            self.fail(error, f" (task {task_id})")
+            return
+        value = result.value
+        share = self.workers.setdefault(result.worker or "-", [0, 0])
+        share[0] += 1
+        share[1] += value["size"]
+        self.done_now += 1
+        self.bytes += value["size"]
+        version = value["inode"], value["size"], value["mtime_ns"]
+        # It changed before it was read: the next run looks for what it was then.
+        current = _file_id(value["path"], version)
+        if current != task_id:
+            self.results.store(replace(result, task_id=current))
+
+    def report(self, seconds: float) -> int:
+        """Print what came of it; return the exit status."""
+        failed = sum(map(len, self.failures.values()))
+        _print_facts(
+            [
+                ("files", self.done_before + self.done_now + failed),
+                ("  done before", self.done_before),
+                ("  done now", self.done_now),
+                ("  failed", failed),
+                ("bytes", f"{self.bytes:,}"),
+                ("seconds", f"{seconds:,.2f}"),
+                ("tasks/s", f"{len(self.ids) / seconds:,.0f}"),
+                ("retries", self.retries),
+            ]
+        )
+        self.report_details()
+        return 1 if failed else 0
+
+    def report_details(self) -> None:
+        if self.workers:
+            shares = sorted(self.workers.items())
+            rows = [(name, files, _show_size(size)) for name, (files, size) in shares]
+            print()
+            _print_table(["worker", "files", "size"], rows)
+        if self.failures:
+            reasons = [(why, len(lines)) for why, lines in self.failures.items()]
+            print()
+            _print_table(["failed because of", "files"], reasons)
+        for lines in self.failures.values():
+            print()
+            for line in lines[:20]:
+                print(_printable(line))
+            if len(lines) > 20:
+                print(f"and {len(lines) - 20:,} more")
+
+
+def _print_next_commands(path: str) -> None:
+    print(f"\ndatabase: {_printable(os.path.realpath(path))}\nlook into it:")
+    file = shlex.quote(path)
+    for command in (
+        f"stats {file}",
+        f"list {file} --status failed",
+        f"show {file} TASK_ID",
+        f"events {file} --follow",
+    ):
+        print(_printable(f"  {_program()} {command}"))
+
+
+@_command(
+    "demo",
+    "~/Pictures --workers 4",
+    _option("folder", "where the files are", metavar="FOLDER"),
+    _option(
+        "--db",
+        "the database (default: omniq-demo.db in the current folder)",
+        metavar="FILE",
+        default="omniq-demo.db",
+    ),
+    _option(
+        "--workers",
+        "worker processes (default: the number of cores)",
+        metavar="N",
+        type=_parse_count,
+        default=os.cpu_count() or 1,
+    ),
+)
+def _run_demo(options: argparse.Namespace) -> int:
+    """Compute SHA-256, size and media type of every file under a folder.
+
+    Run again with the same --db it goes on where it stopped and does no finished
+    file again; a file is the same while its path, inode, size and time of
+    modification are. Symbolic links are not followed.
+    """
+    if not os.path.isdir(options.folder):
+        raise _CommandError(f"there is no folder {options.folder!r}")
+    started = time.monotonic()
+    with (
+        _in_demo(options.db),
+        SQLiteBackend(
+            options.db, events=True, result_ttl=None, retention=7 * 86_400.0
+        ) as backend,
+    ):
+        demo = _Demo(backend, cast(ResultStorage, backend.results))
+        try:
+            demo.queue_files(os.path.realpath(options.folder))
+            with demo.progress():
+                demo.work(options.workers)
+        except KeyboardInterrupt:
+            _note(f"stopped, {demo.count_left():,} files left; run it again to go on")
+            raise
+        demo.collect()
+        status = demo.report(time.monotonic() - started)
+    _print_next_commands(options.db)
+    return status
+
+
+# -- worker --
+
+
+def _import_registry(name: str) -> Any:
+    """Return the registry that the operator named as MODULE:ATTRIBUTE."""
+    module, _, attribute = name.partition(":")
+    if not module or not attribute:
+        raise _CommandError(f"--app must be MODULE:REGISTRY, not {name!r}")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        found = importlib.import_module(module)
+        for part in attribute.split("."):
+            found = getattr(found, part)
+    except Exception as error:
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        where = f"{os.path.basename(last.filename)}, line {last.lineno}"
+        reason = f"{type(error).__name__}: {error} ({where})"
+        raise _CommandError(f"cannot import {name!r}: {reason}") from error
+    return found
+
+
+def _module_of(registry: object, name: str) -> Any:
+    """Return the copy of this module that made `registry`.
+
+    `python -m omniq_sqlite` is a module of its own beside the `omniq_sqlite` that
+    the application imports, and the application may have a copy of another name.
+    `current_task`, `Retry` and their like work in the copy that they come from.
+    """
+    for base in type(registry).__mro__:
+        if base.__name__ == "TaskRegistry":
+            return sys.modules[base.__module__]
+    raise _CommandError(f"{name!r} is a {type(registry).__name__}, not a TaskRegistry")
+
+
+@contextlib.contextmanager
+def _log_to_terminal(level: str) -> Iterator[None]:
+    """Show this process's log on standard error."""
+    form = "%(asctime)s %(process)d %(levelname)s %(name)s: %(message)s"
+    logging.basicConfig(level=level.upper(), format=form)
+    yield
+
+
+def _given(options: argparse.Namespace, *names: str) -> dict[str, Any]:
+    """Return the options that were given; the others keep the library's default."""
+    values = {name: getattr(options, name) for name in names}
+    return {name: value for name, value in values.items() if value is not None}
+
+
+@_command(
+    "worker",
+    "jobs.db --app myapp.tasks:registry --queues mail,default --processes 2",
+    _FILE,
+    _option(
+        "--app", "the TaskRegistry to import", metavar="MODULE:REGISTRY", required=True
+    ),
+    _option(
+        "--queues",
+        "in order of preference",
+        metavar="A,B",
+        type=lambda text: text.split(","),
+    ),
+    _option("--concurrency", "tasks at once", metavar="N", type=_parse_count),
+    _option("--processes", "child processes", metavar="N", type=_parse_count),
+    _option("--name", "of this worker, as others see it"),
+    _option("--lease", "of a claim", metavar="SECONDS", type=float),
+    _option("--grace", "for running tasks at the end", metavar="SECONDS", type=float),
+    _option("--until-empty", "stop when no task is left", action="store_true"),
+    _option("--max-tasks", "stop after so many", metavar="N", type=_parse_count),
+    _option(
+        "--log-level",
+        "(default: info)",
+        choices=["debug", "info", "warning", "error"],
+        default="info",
+    ),
+    _EVENTS,
+)
+def _run_worker(options: argparse.Namespace) -> int:
+    """Run the tasks of a file until stopped by Ctrl-C or SIGTERM."""
+    registry = _import_registry(options.app)
+    module = _module_of(registry, options.app)
+    log = partial(_log_to_terminal, options.log_level)
+    terms = _given(options, "queues", "concurrency", "lease", "grace", "name")
+    events = _logs_events(options)
+    with log(), module.SQLiteBackend(options.file, events=events) as backend:
+        worker = module.Worker(backend, registry, lifespan=log, **terms)
+        status: int = worker.run(
+            until_empty=options.until_empty,
+            **_given(options, "max_tasks", "processes"),
+        )
+    return status
+
+
+# -- enqueue --
+
+
+@_command(
+    "enqueue",
+    "jobs.db thumbnail a.png 128 --kwargs '{\"crop\": true}' --delay 60",
+    _FILE,
+    _option("func", "a name that the worker knows", metavar="FUNC"),
+    _option("args", "JSON, or else a plain string", metavar="ARG", nargs="*"),
+    _option("--kwargs", "a JSON object", metavar="JSON", type=_parse_object),
+    _option("--queue", "(default: default)"),
+    _option("--priority", "higher first", metavar="N", type=int),
+    _option("--delay", "not before", metavar="SECONDS", type=float, default=0.0),
+    _option("--max-attempts", "(default: 3)", metavar="N", type=_parse_count),
+    _option("--retry-delay", "(default: 1)", metavar="SECONDS", type=float),
+    _option("--timeout", "of one attempt", metavar="SECONDS", type=float),
+    _option("--unique-key", "add nothing while a task holds it", metavar="KEY"),
+    _EVENTS,
+)
+def _run_enqueue(options: argparse.Namespace) -> int:
+    """Add a task and print its id; an argument is JSON or else a plain string."""
+    terms = _given(
+        options,
+        "kwargs",
+        "queue",
+        "priority",
+        "max_attempts",
+        "retry_delay",
+        "timeout",
+        "unique_key",
+    )
+    task = Task(options.func, tuple(map(_parse_value, options.args)), **terms)
+    with SQLiteBackend(options.file, events=_logs_events(options)) as backend:
+        task_id = backend.enqueue(task, delay=options.delay)
+    print(_printable(task_id))
+    if task_id != task.id:
+        _note(f"nothing added: this task holds the key {task.unique_key!r}")
+    return 0
+
+
+# -- stats --
+
+
+@_command("stats", "jobs.db", _FILE, _JSON)
+def _run_stats(options: argparse.Namespace) -> int:
+    """Show how many tasks each queue has in which status, and the workers."""
+    _check_holds(options.file, "queue")
+    with SQLiteQueue(options.file) as queue:
+        queues, workers = queue.stats(), queue.list_workers()
+    if not queues and not workers:
+        return _nothing_found("tasks", options)
+    if options.json:
+        _print_json({"kind": "queue", **_to_record(stats)} for stats in queues)
+        _print_json({"kind": "worker", **_to_record(worker)} for worker in workers)
+        return 0
+    if queues:
+        headers = ["queue", *TaskStatus, "paused", "oldest"]
+        _print_table(headers, list(map(_row_of_queue, queues)))
+    if queues and workers:
+        print()
+    if workers:
+        headers = ["worker", "host", "pid", "queues", "running", "seen"]
+        _print_table(headers, list(map(_row_of_worker, workers)))
+    return 0
+
+
+def _row_of_queue(stats: QueueStats) -> list[object]:
+    depth = [getattr(stats, status) for status in TaskStatus]
+    return [stats.queue, *depth, stats.paused, _show_age(stats.oldest_pending_at)]
+
+
+def _row_of_worker(w: WorkerInfo) -> list[object]:
+    seen = _show_age(w.seen_at)
+    return [w.name, w.host, str(w.pid), w.queues, w.running, seen]
+
+
+# -- list --
+
+
+@_command(
+    "list",
+    "jobs.db --status failed --func thumbnail",
+    _FILE,
+    _QUEUE,
+    _option("--status", "only this status", choices=list(TaskStatus)),
+    _option("--func", "only this function"),
+    _option("--limit", "(default: 100)", metavar="N", type=_parse_count, default=100),
+    _option("--offset", "leave out the first", metavar="N", type=int, default=0),
+    _JSON,
+)
+def _run_list(options: argparse.Namespace) -> int:
+    """List tasks in the order in which they were enqueued."""
+    _check_holds(options.file, "queue")
+    with SQLiteQueue(options.file) as queue:
+        tasks = queue.list_tasks(
+            queue=options.queue,
+            status=options.status,
+            func=options.func,
+            limit=options.limit + 1,
+            offset=options.offset,
+        )
+    shown = tasks[: options.limit]
+    if not shown:
+        return _nothing_found("such tasks", options)
+    if options.json:
+        _print_json(map(_to_record, shown))
+    else:
+        headers = ["id", "status", "queue", "function", "try", "age", "arguments"]
+        _print_table([*headers, "error"], list(map(_row_of_task, shown)))
+    if len(tasks) > len(shown):
+        _note(f"there are more than {len(shown):,}: see --limit and --offset")
+    return 0
+
+
+def _row_of_task(task: Task) -> list[object]:
+    call = [*map(repr, task.args), *(f"{k}={v!r}" for k, v in task.kwargs.items())]
+    return [
+        task.id,
+        task.status,
+        task.queue,
+        task.func,
+        task.attempt,
+        _show_age(task.created_at),
+        _shorten(", ".join(call), 200),
+        _shorten(task.error or "", 200),
+    ]
+
+
+# -- show --
+
+
+@_command(
+    "show",
+    "jobs.db 0197c0de5f2e7a10b1c2d3e4f5061728",
+    _FILE,
+    _option("id", "of the task", metavar="ID"),
+    _JSON,
+)
+def _run_show(options: argparse.Namespace) -> int:
+    """Show the whole life of a task: payload, attempts, events, result, traceback."""
+    found = _components(options.file)
+    task, result, events = None, None, list[TaskEvent]()
+    if "queue" in found:
+        with SQLiteQueue(options.file) as queue:
+            task = queue.get_task(options.id)
+    if "results" in found:
+        with SQLiteResultStorage(options.file) as results:
+            result = results.get(options.id)
+    if "events" in found:
+        with SQLiteEventStorage(options.file) as log:
+            events = log.query(task_id=options.id, limit=1_000)
+    if not task and not result and not events:
+        return _nothing_found(f"task {options.id!r}", options)
+    if options.json:
+        record = {
+            "task": task and _to_record(task),
+            "result": result and _to_record(result),
+            "events": list(map(_to_record, events)),
+        }
+        _print_json([record])
+    else:
+        _print_life(task, result, events)
+    return 0
+
+
+def _print_life(
+    task: Task | None, result: TaskResult | None, events: Sequence[TaskEvent]
+) -> None:
+    if task is not None:
+        print("task")
+        _print_facts(_facts_of(task))
+    if events:
+        print("\nevents")
+        rows = [(e.at, e.type, e.worker, e.message) for e in events]
+        _print_table(["at", "event", "worker", "message"], rows)
+    if result is not None:
+        print("\nresult")
+        _print_facts(_facts_of(result))
+        for line in (result.traceback or "").splitlines():
+            print(_printable(line))
+
+
+def _facts_of(value: Task | TaskResult) -> Iterator[tuple[str, object]]:
+    """Yield the fields that say something; payloads as they are written in Python."""
+    for item in fields(value):
+        content = getattr(value, item.name)
+        if item.name == "traceback" or content is None or content in ((), {}):
+            continue
+        if item.name in ("args", "kwargs", "metadata", "progress", "value"):
+            content = repr(content)
+        yield item.name, content
+
+
+# -- events --
+
+
+@_command(
+    "events",
+    "jobs.db --type failed --since 2h --follow",
+    _FILE,
+    _option("--task", "only this task", metavar="ID"),
+    _QUEUE,
+    _option("--type", "only this type, such as failed"),
+    _option("--since", "an instant or an age", metavar="WHEN", type=_parse_instant),
+    _option("--until", "an instant or an age", metavar="WHEN", type=_parse_instant),
+    _option("--limit", "(default: 100)", metavar="N", type=_parse_count, default=100),
+    _option("--follow", "wait for more, until Ctrl-C", action="store_true"),
+    _JSON,
+)
+def _run_events(options: argparse.Namespace) -> int:
+    """Show the last events; with --follow also what happens from now on."""
+    _check_holds(options.file, "events")
+    with SQLiteEventStorage(options.file) as events:
+        # It begins before the last ones are read: what is logged between the two
+        # is seen twice and shown once.
+        following = events.follow() if options.follow else ()
+        last = events.query(
+            task_id=options.task,
+            queue=options.queue,
+            type=options.type,
+            since=options.since,
+            until=options.until,
+            limit=options.limit,
+            newest_first=True,
+        )
+        for event in reversed(last):
+            _print_event(event, options)
+        shown = {event.id for event in last}
+        for event in following:
+            if event.id not in shown and _is_wanted(event, options):
+                _print_event(event, options)
+    return 0 if last else _nothing_found("such events", options)
+
+
+def _is_wanted(event: TaskEvent, options: argparse.Namespace) -> bool:
+    return (
+        options.task in (None, event.task_id)
+        and options.queue in (None, event.queue)
+        and options.type in (None, event.type)
+    )
+
+
+def _print_event(event: TaskEvent, options: argparse.Namespace) -> None:
+    if options.json:
+        _print_json([_to_record(event)])
+    else:
+        parts = (event.at, event.type, event.queue, event.task_id, event.worker)
+        line = "  ".join(map(_show_value, parts))
+        print(_printable(f"{line}  {event.message}".rstrip()))
+    if options.follow:
+        sys.stdout.flush()
+
+
+# -- main --
+
+
+def _build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=_program(),
+        description="A task queue in one SQLite file.",
+        epilog="COMMAND --help shows an example. Exit status: 0 done, 1 found nothing"
+        " or tasks failed, 2 an error.",
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    for name, (run, about, example, options) in _commands.items():
+        command = commands.add_parser(
+            name,
+            help=about.partition(".\n")[0].rstrip("."),
+            description=inspect.cleandoc(about),
+            epilog=f"example:\n  {_program()} {name} {example}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        command.set_defaults(run=run)
+        for option, terms in options:
+            command.add_argument(option, **terms)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command and return its exit status; raises nothing.
+
+    0 done; 1 found nothing, or tasks failed; 2 an error, in one line on standard
+    error; 130 interrupted.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a name may not fit its encoding
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        options = _build_parser().parse_args(argv)
+        status: int = options.run(options)
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except KeyboardInterrupt:
+        return 130
+    except SystemExit as ending:  # argparse: help or usage
+        return ending.code if isinstance(ending.code, int) else 2
+    except Exception as error:  # noqa: BLE001 (never a traceback)
+        return _end_with(error)
+    return status
+
+
+def _end_with(error: Exception) -> int:
+    """Say in one line what went wrong; a reader that has seen enough is no error."""
+    logger.debug("the command failed", exc_info=error)
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError as problem:
+        # What is still buffered would fail once more when the interpreter ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if isinstance(problem, BrokenPipeError):
+            return 0
+    text = str(error)
+    if not isinstance(error, (OmniQError, OSError, ValueError, _CommandError)):
+        text = f"{type(error).__name__}: {text}"
+    _note(f"{_program()}: {text}")
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
