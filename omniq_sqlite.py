@@ -41,7 +41,6 @@ Backend, Worker, Command line. Nothing is used before it is defined.
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import atexit
 import base64
@@ -50,22 +49,18 @@ import contextlib
 import contextvars
 import copy
 import functools
-import hashlib
 import importlib
-import importlib.metadata
 import inspect
 import io
 import itertools
 import json
 import logging
 import math
-import mimetypes
 import os
 import pickle
 import queue
 import random
-import shlex
-import shutil
+import re
 import signal
 import socket
 import sqlite3
@@ -83,6 +78,7 @@ from collections.abc import (
     AsyncIterator,
     Callable,
     Coroutine,
+    Generator,
     Iterable,
     Iterator,
     Mapping,
@@ -90,7 +86,7 @@ from collections.abc import (
 )
 from contextlib import AbstractAsyncContextManager, AbstractContextManager
 from dataclasses import KW_ONLY, dataclass, field, fields, replace
-from datetime import date, datetime, timedelta, timezone
+from datetime import UTC, date, datetime, timedelta
 from datetime import time as time_of_day
 from decimal import Decimal
 from enum import StrEnum
@@ -101,6 +97,7 @@ from typing import (
     TYPE_CHECKING,
     Any,
     Generic,
+    NamedTuple,
     ParamSpec,
     Protocol,
     Self,
@@ -114,12 +111,12 @@ from uuid import UUID
 
 import aiosqlite
 import anyio
-import anyio.from_thread
-import anyio.lowlevel
-import anyio.to_thread
 
 if TYPE_CHECKING:
+    import argparse
     from multiprocessing.connection import Connection
+
+    from anyio.lowlevel import EventLoopToken
 
 __version__ = "0.1.0"
 
@@ -204,7 +201,7 @@ DEFAULT_EVENT_RETENTION = 30 * 86_400.0
 DEFAULT_READERS = 4
 """Read connections of one object at the most; opened when first needed."""
 
-POLL_INTERVAL = 0.003
+POLL_INTERVAL = 0.005
 """Seconds between two looks for other processes' commits while waiting."""
 
 MAX_RETRY_DELAY = 3600.0
@@ -464,6 +461,9 @@ class EventType(StrEnum):
     LEASE_LOST = "lease_lost"  # its lease ended or its worker died
 
 
+_EVENT_TYPES: dict[str, EventType] = {kind.value: kind for kind in EventType}
+_TASK_STATUSES: dict[str, TaskStatus] = {kind.value: kind for kind in TaskStatus}
+
 LIVE_STATUSES = (TaskStatus.SCHEDULED, TaskStatus.PENDING, TaskStatus.RUNNING)
 FINAL_STATUSES = (
     TaskStatus.COMPLETED,
@@ -477,7 +477,7 @@ _MAX_INTEGER = 2**63 - 1
 
 def _check(holds: bool, name: str, rule: str, value: object) -> None:
     if not holds:
-        raise ValueError(f"{name} must be {rule}, not {_shorten(repr(value), 100)}")
+        raise ValueError(f"{name} must be {rule}, not {_show(value)}")
 
 
 def _check_number(
@@ -532,13 +532,8 @@ def _check_instant(name: str, value: object) -> None:
 def _check_choice(name: str, value: object, choices: type[StrEnum]) -> None:
     if value is None:
         return
-    listed = ", ".join(choices)
-    _check(
-        isinstance(value, str) and value in list(choices),
-        name,
-        f"one of {listed}",
-        value,
-    )
+    fine = isinstance(value, str) and value in choices.__members__.values()
+    _check(fine, name, "one of " + ", ".join(choices), value)
 
 
 def _storable(text: str) -> bool:
@@ -549,6 +544,14 @@ def _storable(text: str) -> bool:
     except UnicodeEncodeError:
         return False
     return "\0" not in text
+
+
+def _show(value: object) -> str:
+    """Return a short `repr`, also of what has none."""
+    try:
+        return _shorten(repr(value), 100)
+    except Exception as error:  # noqa: BLE001 -- whatever a foreign repr raises
+        return f"a {type(value).__name__} without a repr ({type(error).__name__})"
 
 
 def _shorten(text: str, maximum: int) -> str:
@@ -578,7 +581,7 @@ def new_id() -> str:
     random bits (RFC 9562, section 6.2, method 1). A clock that steps back does
     not make ids descend: they go on from the last one.
     """
-    global _last_id
+    global _last_id  # noqa: PLW0603 -- one counter for the process
     random_bits = int.from_bytes(os.urandom(10))
     candidate = (time.time_ns() // 1_000_000) << 74 | random_bits >> 6
     with _id_lock:
@@ -702,7 +705,7 @@ class TaskResult:
 
 
 def _now() -> datetime:
-    return datetime.now(timezone.utc)
+    return datetime.now(UTC)
 
 
 @dataclass(frozen=True, slots=True)
@@ -730,8 +733,7 @@ class TaskEvent:
         _check_text("worker", self.worker, optional=True)
         _check(self.at is not None, "at", "an aware datetime", self.at)
         _check_instant("at", self.at)
-        if self.type in list(EventType):
-            object.__setattr__(self, "type", EventType(self.type))
+        object.__setattr__(self, "type", _EVENT_TYPES.get(self.type, self.type))
 
     def __hash__(self) -> int:
         return hash((self.id, self.type, self.task_id, self.at))
@@ -784,6 +786,8 @@ class Finding:
 #
 # What a worker and a backend rely on. Another engine that has these methods can
 # stand in for the SQLite one; parameters mean what the classes below say.
+
+# ruff: disable[D102]
 
 QueueNames = str | Sequence[str]
 
@@ -1100,6 +1104,9 @@ class Backend(Protocol):
     def close(self) -> None: ...
 
 
+# ruff: enable[D102]
+
+
 # =============================================================================
 # SQL
 # =============================================================================
@@ -1214,10 +1221,10 @@ CREATE INDEX main.omniq_task_due ON omniq_task (queue, due_at)
 WHERE due_at IS NOT NULL
 """
 
-CREATE_TASK_FINISHED_INDEX = """
--- queue: what ended when?
-CREATE INDEX main.omniq_task_finished ON omniq_task (finished_at)
-WHERE finished_at IS NOT NULL
+CREATE_TASK_KEPT_INDEX = """
+-- queue: whose retention is over?
+CREATE INDEX main.omniq_task_kept ON omniq_task (keep_until)
+WHERE keep_until IS NOT NULL
 """
 
 CREATE_PAUSE_TABLE = """
@@ -1346,7 +1353,7 @@ MIGRATIONS: dict[str, list[tuple[str, ...]]] = {
             CREATE_TASK_KEY_INDEX,
             CREATE_TASK_READY_INDEX,
             CREATE_TASK_DUE_INDEX,
-            CREATE_TASK_FINISHED_INDEX,
+            CREATE_TASK_KEPT_INDEX,
             CREATE_PAUSE_TABLE,
             CREATE_WORKER_TABLE,
             CREATE_TASK_VIEW,
@@ -1742,7 +1749,7 @@ DELETE_KEPT = """
 DELETE FROM main.omniq_task
 WHERE seq IN (
     SELECT seq FROM main.omniq_task
-    WHERE finished_at IS NOT NULL AND keep_until <= :now
+    WHERE keep_until <= :now
     LIMIT :limit
 )
 RETURNING seq
@@ -1846,10 +1853,10 @@ _EVENT_FILTER = """
 
 _EVENTS_BY_ID = "FROM main.omniq_event WHERE :task_id IS NULL" + _EVENT_FILTER
 _EVENTS_BY_TASK = "FROM main.omniq_event WHERE task_id = :task_id" + _EVENT_FILTER
-# The comparison with the index makes this one start at the instant; for the
-# whole log the order of ids needs no sorting.
+# SQLite would rather walk all ids than sort; this starts at the instant.
 _EVENTS_BY_TIME = (
-    "FROM main.omniq_event WHERE at >= :since AND :task_id IS NULL" + _EVENT_FILTER
+    "FROM main.omniq_event INDEXED BY omniq_event_by_time"
+    " WHERE at >= :since AND :task_id IS NULL" + _EVENT_FILTER
 )
 _FIRST_TO_LAST = "ORDER BY event_id LIMIT :limit"
 _LAST_TO_FIRST = "ORDER BY event_id DESC LIMIT :limit"
@@ -1912,8 +1919,13 @@ RETURNING event_id
 class Serializer(Protocol):
     """Turns values into JSON text and back; pass one as `serializer=`."""
 
-    def dumps(self, value: Any) -> str: ...
-    def loads(self, text: str) -> Any: ...
+    def dumps(self, value: Any) -> str:
+        """Return `value` as JSON text."""
+        ...
+
+    def loads(self, text: str) -> Any:
+        """Return the value of such a text."""
+        ...
 
 
 class _Refused(Exception):
@@ -2015,7 +2027,14 @@ def _encode_other(value: Any) -> Any:
     known = _ENCODERS.get(type(value))
     if known is not None:
         tag, encode = known
-        return {tag: encode(value)}
+        encoded = encode(value)
+        try:
+            equal = _DECODERS[tag](encoded) == value
+        except ArithmeticError:  # a signalling NaN
+            equal = False
+        if not equal:  # NaN; an hour that comes twice
+            raise _Refused(f"{_show(value)} would not come back equal")
+        return {tag: encoded}
     if isinstance(value, str):
         return str.__str__(value)
     if isinstance(value, int):
@@ -2115,7 +2134,7 @@ def _to_unix(instant: datetime | None) -> float | None:
 
 
 def _from_unix(seconds: float | None) -> datetime | None:
-    return None if seconds is None else datetime.fromtimestamp(seconds, timezone.utc)
+    return None if seconds is None else datetime.fromtimestamp(seconds, UTC)
 
 
 Row = tuple[Any, ...]
@@ -2177,7 +2196,7 @@ def _task_from_row(row: Row, serializer: Serializer) -> Task:
             if metadata == "{}"
             else _load(serializer, where + "metadata", metadata),
             id=task_id,
-            status=TaskStatus(status),
+            status=_TASK_STATUSES[status],
             attempt=attempt,
             created_at=_from_unix(created_at),
             started_at=_from_unix(started_at),
@@ -2191,7 +2210,7 @@ def _task_from_row(row: Row, serializer: Serializer) -> Task:
             else _load(serializer, where + "progress", progress),
             claims=claims,
         )
-    except (TypeError, ValueError, OverflowError, OSError) as problem:
+    except (KeyError, TypeError, ValueError, OverflowError, OSError) as problem:
         if isinstance(problem, SerializationError):
             raise
         raise SerializationError(where.rstrip(": "), str(problem)) from problem
@@ -2399,14 +2418,11 @@ def _absolute(path: str | os.PathLike[str]) -> str:
 class _Operation(Generic[T]):
     """A write: `run` inside a transaction, perhaps again after a rollback."""
 
-    flush = True
-    """Whether it must outlive a power cut once it was acknowledged."""
-
     def __init__(
         self, run: Callable[[sqlite3.Connection], T], *, flush: bool = True
     ) -> None:
         self.run = run
-        self.flush = flush
+        self.flush = flush  # whether it must outlive a power cut once acknowledged
 
     def look(self, connection: sqlite3.Connection) -> bool:
         """Read before the transaction; `False`: nothing to write, take `idle()`."""
@@ -2422,29 +2438,37 @@ class _Operation(Generic[T]):
 
 
 class _Request(Generic[T]):
-    """An operation on its way, and what became of it."""
+    """An operation on its way, and what became of it.
+
+    `wake` is called when it is this request's turn to have a group committed,
+    and without a `delivery` also when it is done.
+    """
 
     __slots__ = (
-        "alone", "delivery", "done", "error", "flush", "looked", "operation",
-        "result", "since", "taken", "wake",
+        "alone", "delivery", "done", "error", "flush", "operation", "result",
+        "since", "taken", "wake",
     )  # fmt: skip
 
     def __init__(
         self,
         operation: _Operation[T],
+        wake: Callable[[], None],
         delivery: _Delivery[T] | None = None,
     ) -> None:
         self.operation = operation
+        self.wake = wake
         self.delivery = delivery
         self.flush = operation.flush
         self.since = time.monotonic()
-        self.looked = False
-        self.taken = False
+        self.taken = False  # off the list, into a transaction
         self.alone = False  # its group was lost: runs in a transaction of its own
         self.done = False
         self.result: T | None = None
         self.error: BaseException | None = None
-        self.wake: threading.Event | None = None
+
+    @property
+    def succeeded(self) -> bool:
+        return self.taken and self.done and self.error is None
 
     def outcome(self) -> T:
         if self.error is not None:
@@ -2452,53 +2476,67 @@ class _Request(Generic[T]):
         return cast(T, self.result)
 
 
-class _Slot:
-    """A place for one connection: used by one thread at a time, opened lazily.
+class _Pool:
+    """Up to `size` connections, each used by one thread at a time, opened lazily.
 
-    `with slot as connection` is the only way to a connection. A fork waits
-    until no slot is in use, closes what they hold, and they open again.
+    `with pool as connection` is the only way to a connection. A fork waits until
+    none is in use, closes them all, and they open again.
     """
 
-    def __init__(self, database: _Database, *, writable: bool) -> None:
+    def __init__(self, database: _Database, size: int, *, writable: bool) -> None:
         self.database = database
+        self.size = size
         self.writable = writable
-        self.connection: sqlite3.Connection | None = None
-        self.lock = threading.Lock()
-        self.owner = 0
-        self.serial = 0  # how many connections it has held
-        self.synchronous = ""
+        self.idle: list[sqlite3.Connection] = []
+        self.used: dict[int, sqlite3.Connection | None] = {}  # by thread
 
     def __enter__(self) -> sqlite3.Connection:
-        self.lock.acquire()
+        database, ident = self.database, threading.get_ident()
         try:
-            with self.database.gate:
-                self.database.check_open()
-                self.database.active.add(self)
-                self.owner = threading.get_ident()
-            if self.connection is None:
-                self.connection = self.database.connect(writable=self.writable)
-                self.synchronous = ""
-                self.serial += 1
-            return self.connection
+            with database.gate:
+                while len(self.used) >= self.size or database.must_rest(ident):
+                    database.gate.wait()
+                database.check_usable()
+                self.used[ident] = self.idle.pop() if self.idle else None
+            connection = self.used[ident]
+            if connection is None:
+                connection = database.connect(writable=self.writable)
+                self.used[ident] = connection
+            return connection
         except BaseException:
             self.__exit__()
             raise
 
     def __exit__(self, *_: object) -> None:
-        with self.database.gate:
-            self.database.active.discard(self)
-            self.database.gate.notify_all()
-            self.owner = 0
-        self.lock.release()
+        database = self.database
+        with database.gate:
+            connection = self.used.pop(threading.get_ident(), None)
+            if connection is not None:
+                self.idle.append(connection)
+            if database.ended:
+                self.close()
+            database.gate.notify_all()
+
+    def discard(self) -> None:
+        """Close the connection that this thread uses; the next one is new."""
+        connection = self.used[threading.get_ident()]
+        self.used[threading.get_ident()] = None
+        if connection is not None:
+            self.database.disconnect(connection)
 
     def close(self) -> None:
-        connection, self.connection = self.connection, None
-        if connection is not None:
-            self.database.connections.discard(connection)
-            try:
-                connection.close()
-            except sqlite3.Error as error:
-                logger.warning("closing %r: %s", self.database.path, error)
+        """Close what nobody uses."""
+        while self.idle:
+            self.database.disconnect(self.idle.pop())
+
+    def reset(self) -> None:
+        """In a forked child: forget what other threads used, they are not here."""
+        ident = threading.get_ident()
+        self.used = {i: c for i, c in self.used.items() if i == ident}
+        if self.used and not self.database.memory:
+            connection = self.used[ident]
+            self.database.leave_alone(connection)
+            self.used.clear()
 
 
 class _Bell:
@@ -2506,7 +2544,7 @@ class _Bell:
 
     def __init__(self, database: _Database) -> None:
         self.database = database
-        self.slot = _Slot(database, writable=False)
+        self.pool = _Pool(database, 1, writable=False)
         self.reset()
 
     def reset(self) -> None:
@@ -2514,7 +2552,7 @@ class _Bell:
         self.lock = threading.Lock()
         self.waiters: set[_Waiter] = set()
         self.generation = 0
-        self.version = (0, 0)  # of which connection, and its data_version
+        self.version: tuple[sqlite3.Connection | None, int] = (None, 0)
         self.polled = False  # whether somebody polls
 
     def register(self, waiter: _Waiter, seen: int) -> bool:
@@ -2537,12 +2575,15 @@ class _Bell:
             return mine
 
     def hand_over(self) -> None:
-        """Stop polling; any other waiter looks again and takes over."""
+        """Stop polling; the others look again, and one of them takes over.
+
+        Waking one would not do: it may be about to leave as well.
+        """
         with self.lock:
             self.polled = False
-            heir = next(iter(self.waiters), None)
-        if heir is not None:
-            heir.wake()
+            woken, self.waiters = self.waiters, set()
+        for waiter in woken:
+            waiter.wake()
 
     def ring(self) -> None:
         """Wake everybody: something was committed."""
@@ -2556,12 +2597,12 @@ class _Bell:
         """Look once for a commit of another connection and for due waiters."""
         try:
             changed = not self.database.memory and self._version_moved()
-        except (OmniQError, sqlite3.Error):
-            changed = True  # whoever looks gets the error
+            now = self.database.options.clock()
+        except Exception:  # noqa: BLE001 (whoever looks gets the error)
+            changed, now = True, 0.0
         if changed:
             self.ring()
             return
-        now = self.database.options.clock()
         with self.lock:
             due = [w for w in self.waiters if w.due is not None and w.due <= now]
             self.waiters.difference_update(due)
@@ -2569,15 +2610,13 @@ class _Bell:
             waiter.wake()
 
     def _version_moved(self) -> bool:
-        # The first look after opening has nothing to compare with, so it counts
+        # The first look at a connection has nothing to compare with, so it counts
         # as a change: what was committed just before must not be missed.
-        with self.slot as connection:
-            [(version,)] = connection.execute("PRAGMA data_version").fetchall()
+        with self.pool as connection:
+            [(number,)] = connection.execute("PRAGMA data_version").fetchall()
             self.database.check_identity()
-            version = (self.slot.serial, version)
-        moved = version != self.version
-        self.version = version
-        return bool(moved)
+        before, self.version = self.version, (connection, number)
+        return before != self.version
 
 
 class _Waiter:
@@ -2593,8 +2632,8 @@ class _Waiter:
 class _Database:
     """One file for one object: its connections, its schema and its commits.
 
-    Used from any thread. At most one thread at a time calls `serve()`; the
-    gateways below see to that.
+    Used from any thread. At most one thread at a time, the leader, calls
+    `serve()`; the gateways below see to that.
     """
 
     def __init__(self, options: _Options, components: Sequence[str]) -> None:
@@ -2606,12 +2645,15 @@ class _Database:
         self.threads: list[_ConnectionThread] = []
         self.identity: tuple[int, int] | None = None
         self.closed_reason: str | None = None
+        self.ended = False  # closed, and what was begun before has ended, too
         self.commits_since_checkpoint = 0
         self.wal_size = 0
-        self.writer = _Slot(self, writable=True)
-        self.checkpointer = _Slot(self, writable=True)
+        self.synchronous: tuple[sqlite3.Connection | None, str] = (None, "")
+        self.writer = _Pool(self, 1, writable=True)
+        self.checkpointer = _Pool(self, 1, writable=True)
+        self.readers = _Pool(self, options.readers, writable=False)
         self.watch = _Bell(self)
-        self.read_slots: list[_Slot] = []
+        self.pools = (self.writer, self.checkpointer, self.readers, self.watch.pool)
         self.reset()
         weakref.finalize(self, _dispose, self.connections, self.threads).atexit = False
         with _databases_lock:
@@ -2620,27 +2662,29 @@ class _Database:
     def reset(self) -> None:
         """Begin with new locks and nothing under way: at first, and in a child."""
         self.gate = threading.Condition(threading.RLock())
-        self.active: set[_Slot] = set()
+        self.resting = False
         self.queue_lock = threading.Lock()
         self.pending: collections.deque[_Request[Any]] = collections.deque()
-        self.leader: object | None = None
+        self.leader: _Request[Any] | None = None
         self.committing = False
-        self.pool = threading.Condition(threading.Lock())
-        self.idle_slots = list(self.read_slots)
-        for slot in self.slots():
-            slot.lock = threading.Lock()
-            slot.owner = 0
         self.threads.clear()
         self.watch.reset()
-
-    def slots(self) -> list[_Slot]:
-        return [self.writer, self.checkpointer, self.watch.slot, *self.read_slots]
+        for pool in self.pools:
+            pool.reset()
 
     # -- Opening --
 
     def check_open(self) -> None:
+        """Refuse what is begun after `close()`."""
         if self.closed_reason is not None:
+            if _exiting and threading.current_thread().daemon:
+                raise SystemExit  # a forgotten thread ends without a traceback
             raise StorageClosedError(self.path, self.closed_reason)
+
+    def check_usable(self) -> None:
+        """Refuse what comes when all connections are closed for good."""
+        if self.ended:
+            self.check_open()
 
     def connect(self, *, writable: bool) -> sqlite3.Connection:
         """Open, set up and check one connection, waiting for others as long as asked.
@@ -2648,27 +2692,29 @@ class _Database:
         With a busy timeout of 0 most simultaneous first opens fail, so all of it
         goes through the same retry as a write.
         """
-        connection = self.retry(self._try_connect)
-        try:
-            if not writable and not self.memory:
-                connection.execute("PRAGMA query_only = ON")
-            self.connections.add(connection)
-        except BaseException:
-            connection.close()
-            raise
+        connection = self.retry(partial(self._try_connect, writable))
+        self.connections.add(connection)
         return connection
 
-    def retry(self, attempt: Callable[[], T]) -> T:
+    def disconnect(self, connection: sqlite3.Connection) -> None:
+        self.connections.discard(connection)
+        try:
+            connection.close()
+        except sqlite3.Error as error:
+            logger.warning("closing %r: %s", self.path, error)
+
+    def retry(self, attempt: Callable[[], T], patience: float | None = None) -> T:
         """Call `attempt` until it is not busy; translate what else it raises."""
+        limit = self.options.busy_timeout if patience is None else patience
         since = time.monotonic()
         while True:
             try:
                 return attempt()
+            except OmniQError:
+                raise
             except (sqlite3.Error, OSError) as error:
-                if isinstance(error, OmniQError):
-                    raise
                 waited = time.monotonic() - since
-                if not _is_busy(error) or waited >= self.options.busy_timeout:
+                if not _is_busy(error) or waited >= limit:
                     raise self.translate(error, waited) from error
             self.pause(waited)
 
@@ -2678,12 +2724,14 @@ class _Database:
         _check_interrupts()
         time.sleep(random.uniform(0.0005, 0.002) / (1.0 + 10.0 * waited))
 
-    def _try_connect(self) -> sqlite3.Connection:
+    def _try_connect(self, writable: bool) -> sqlite3.Connection:
         connection = self._open_file()
         try:
             self._configure(connection)
             self._ensure_schema(connection)
             self._note_identity()
+            if not writable:
+                connection.execute("PRAGMA query_only = ON")
         except BaseException:
             connection.close()
             raise
@@ -2725,7 +2773,7 @@ class _Database:
             f"PRAGMA journal_size_limit = {_WAL_KEPT_BYTES}",
         ):
             connection.execute(pragma)
-        if hasattr(connection, "setconfig"):  # Python 3.12
+        if sys.version_info >= (3, 12):
             connection.setconfig(sqlite3.SQLITE_DBCONFIG_DEFENSIVE, True)
         if self.memory:
             return
@@ -2794,9 +2842,9 @@ class _Database:
             return ReadOnlyDatabaseError(self.path)
         if isinstance(error, OSError):
             return DatabaseAccessError(self.path, error.strerror or str(error))
-        if not isinstance(error, sqlite3.Error) or code is None:
+        if not isinstance(error, sqlite3.Error):
             return error
-        return self._translate_code(error, code, waited)
+        return self._translate_code(error, code or 0, waited)
 
     def _translate_code(
         self, error: sqlite3.Error, code: int, waited: float
@@ -2832,34 +2880,44 @@ class _Database:
 
         SQLITE_BUSY can still come from another process's recovery or last close.
         """
-        if self.memory:
-            with self.writer as connection:
-                return self.retry(lambda: function(connection))
-        return self.retry(lambda: self._try_read(function))
+        self.check_open()
+        pool = self.writer if self.memory else self.readers
 
-    def _try_read(self, function: Callable[[sqlite3.Connection], T]) -> T:
-        slot = self._take_slot()
-        try:
-            with slot as connection:
+        def attempt() -> T:
+            with pool as connection:
                 result = function(connection)
                 self.check_identity()
                 return result
-        finally:
-            with self.pool:
-                self.idle_slots.append(slot)
-                self.pool.notify()
 
-    def _take_slot(self) -> _Slot:
-        with self.pool:
-            while not self.idle_slots:
-                if len(self.read_slots) < self.options.readers:
-                    slot = _Slot(self, writable=False)
-                    self.read_slots.append(slot)
-                    return slot
-                self.pool.wait()
-            return self.idle_slots.pop()
+        return self.retry(attempt)
 
     # -- Writing --
+
+    def enlist(self, request: _Request[Any]) -> bool:
+        """Queue a request; `True` if there is no leader and it is the leader now."""
+        with self.queue_lock:
+            self.check_usable()
+            self.pending.append(request)
+            leads = self.leader is None
+            if leads:
+                self.leader = request
+            return leads
+
+    def withdraw(self, request: _Request[Any]) -> bool:
+        """Take back a request that is in no transaction yet; tell whether it was."""
+        with self.queue_lock:
+            withdrawn = not request.taken and request in self.pending
+            if withdrawn:
+                self.pending.remove(request)
+                request.done = True
+            return withdrawn
+
+    def hand_over(self) -> None:
+        """Make who waits longest the leader, once the leader has led enough."""
+        with self.queue_lock:
+            heir = self.leader = self.pending[0] if self.pending else None
+        if heir is not None:
+            heir.wake()
 
     def serve(self) -> None:
         """Commit one group of the operations that wait; return when none does."""
@@ -2870,13 +2928,12 @@ class _Database:
                     group = self._look(connection)
                     if not group or self._commit(connection, group):
                         break
-            except BaseException as error:
-                if not isinstance(error, Exception):
-                    raise  # an interrupt: whoever leads next goes on
+            except Exception as error:  # noqa: BLE001 (it is everybody's outcome)
                 self._refuse(group or list(self.pending), error)
                 break
+            since = group[0].since
             self._refuse_late(group)
-            self.pause(time.monotonic() - group[0].since)
+            self.pause(time.monotonic() - since)
         if self._checkpoint_is_due():
             self._checkpoint()
 
@@ -2886,51 +2943,46 @@ class _Database:
         Those that find nothing to do are answered without a transaction. Looking
         first keeps idle waiters from taking the write lock from producers.
         """
-        answered: list[_Request[Any]] = []
-        group: list[_Request[Any]] = []
         self.check_identity()
         with self.queue_lock:
             waiting = list(itertools.islice(self.pending, _MAX_GROUP))
+        if waiting and waiting[0].alone:
+            del waiting[1:]
+        group: list[_Request[Any]] = []
+        answered: list[_Request[Any]] = []
         for request in waiting:
-            if request.alone and group:
-                break
-            if not request.looked:
-                self._look_one(connection, request)
-            if not request.looked:
-                answered.append(request)
-                continue
-            group.append(request)
-            if request.alone:
-                break
-        self._deliver(self._take(answered))
+            writes = self._look_one(connection, request)
+            (group if writes else answered).append(request)
+        self._take(answered)
+        self._deliver(answered)
         return group
 
-    def _look_one(self, connection: sqlite3.Connection, request: _Request[Any]) -> None:
-        """Set `looked` where there is something to write, else the outcome."""
+    def _look_one(self, connection: sqlite3.Connection, request: _Request[Any]) -> bool:
+        """Tell whether there is something to write; else set the outcome."""
         try:
-            request.looked = request.operation.look(connection)
-            if not request.looked:
-                request.result = request.operation.idle()
-        except Exception as error:
-            request.looked = _is_busy(error)  # then the transaction will tell
-            if not request.looked:
-                request.error = self.translate(error)
+            if request.operation.look(connection):
+                return True
+            request.result = request.operation.idle()
+        except Exception as error:  # noqa: BLE001 (it is the caller's outcome)
+            if _is_busy(error):
+                return True  # the transaction will tell
+            self._set_error(request, error)
+        return False
 
-    def _take(self, group: list[_Request[Any]]) -> list[_Request[Any]]:
-        """Take requests off the list; those that were withdrawn are left out."""
+    def _take(self, group: list[_Request[Any]]) -> None:
+        """Take requests off the list; those that were withdrawn leave the group."""
         with self.queue_lock:
-            taken = [r for r in group if not r.taken and not r.done]
-            for request in taken:
+            group[:] = [r for r in group if not r.taken and not r.done]
+            for request in group:
                 request.taken = True
-            if len(taken) == len(self.pending):
+            if len(group) == len(self.pending):
                 self.pending.clear()
             else:
                 self.pending = collections.deque(r for r in self.pending if not r.taken)
-        return taken
 
     def _put_back(self, group: Iterable[_Request[Any]]) -> None:
         with self.queue_lock:
-            waiting = [r for r in group if not r.done]
+            waiting = [r for r in group if r.taken and not r.done]
             for request in waiting:
                 request.taken = False
                 request.result = request.error = None
@@ -2941,21 +2993,21 @@ class _Database:
     ) -> bool:
         """Run a group in one transaction; `False` if another writer has the lock."""
         flush = any(request.flush for request in group)
-        if not self._begin(connection, flush):
-            return False
-        taken = self._take(group)
         try:
-            self._run_group(connection, taken, flush)
+            if not self._begin(connection, flush):
+                return False
+            self._take(group)
+            self._run_group(connection, group, flush)
         except sqlite3.Error as error:
             self._roll_back(connection)
-            self._break_up(taken, error)
+            self._break_up(group, error)
         except BaseException:
             # An interrupt or an exception that another thread threw at this one.
             if self.committing and not connection.in_transaction:
-                self._finish(taken)
+                self._finish(group)
             else:
                 self._roll_back(connection)
-                self._put_back(taken)
+                self._put_back(group)
             raise
         finally:
             self.committing = False
@@ -2966,10 +3018,9 @@ class _Database:
         if not flush and wanted in ("FULL", "EXTRA"):
             wanted = "NORMAL"
         try:
-            self._roll_back(connection)  # an exception may have left one open
-            if self.writer.synchronous != wanted:
+            if self.synchronous != (connection, wanted):
                 connection.execute(_SYNCHRONOUS[wanted])
-                self.writer.synchronous = wanted
+                self.synchronous = (connection, wanted)
             connection.execute("BEGIN IMMEDIATE")
         except sqlite3.Error as error:
             if _is_busy(error):
@@ -2981,27 +3032,25 @@ class _Database:
         self, connection: sqlite3.Connection, group: list[_Request[Any]], flush: bool
     ) -> None:
         started = time.monotonic()
+        savepoint = len(group) > 1
         ran = 0
         for request in group:
-            self._run_one(connection, request, savepoint=len(group) > 1)
+            self._run_one(connection, request, savepoint=savepoint)
             ran += 1
             if time.monotonic() - started > _MAX_GROUP_SECONDS:
                 break
-        if ran < len(group):  # the others have to wait for the next transaction
-            late = group[ran:]
-            del group[ran:]
-            self._put_back(late)
+        self._put_back(group[ran:])  # the others wait for the next transaction
+        del group[ran:]
         if not flush and self._needs_flush(group):
             self._roll_back(connection)
             self._put_back(group)
-            return
-        if all(request.error is not None for request in group):
+        elif all(request.error is not None for request in group):
             self._roll_back(connection)
             self._deliver(group)
-            return
-        self.committing = True
-        connection.execute("COMMIT")
-        self._finish(group)
+        else:
+            self.committing = True
+            connection.execute("COMMIT")
+            self._finish(group)
 
     def _run_one(
         self, connection: sqlite3.Connection, request: _Request[Any], *, savepoint: bool
@@ -3013,14 +3062,16 @@ class _Database:
         except Exception as error:
             if not connection.in_transaction:
                 raise  # SQLite ended the whole transaction (a full disk does that)
-            if not savepoint and isinstance(error, sqlite3.Error):
-                raise
-            request.error = self.translate(error)
-            request.error.__cause__ = None if request.error is error else error
+            self._set_error(request, error)
             if savepoint:
                 connection.execute("ROLLBACK TO omniq")
         if savepoint:
             connection.execute("RELEASE omniq")
+
+    def _set_error(self, request: _Request[Any], error: Exception) -> None:
+        request.error = self.translate(error)
+        if request.error is not error:
+            request.error.__cause__ = error
 
     @staticmethod
     def _needs_flush(group: list[_Request[Any]]) -> bool:
@@ -3031,16 +3082,18 @@ class _Database:
                 request.flush = found = True
         return found
 
-    @staticmethod
-    def _roll_back(connection: sqlite3.Connection) -> None:
-        if connection.in_transaction:
-            connection.execute("ROLLBACK")
+    def _roll_back(self, connection: sqlite3.Connection) -> None:
+        """Undo what is open; a connection that cannot even do that is closed."""
+        try:
+            if connection.in_transaction:
+                connection.execute("ROLLBACK")
+        except sqlite3.Error:
+            self.writer.discard()
 
     def _break_up(self, group: list[_Request[Any]], error: sqlite3.Error) -> None:
         """The transaction failed: run each alone, so that each gets its own error."""
         if len(group) == 1:
-            group[0].error = self.translate(error)
-            group[0].error.__cause__ = error
+            self._set_error(group[0], error)
             self._deliver(group)
             return
         for request in group:
@@ -3058,19 +3111,19 @@ class _Database:
         self.watch.ring()
         self._deliver(group)
 
-    def _refuse(self, group: list[_Request[Any]], error: Exception) -> None:
+    def _refuse(self, group: list[_Request[Any]], error: BaseException) -> None:
         """The database cannot be used: that is everybody's outcome."""
-        translated = self.translate(error)
-        taken = self._take(group)
-        for request in taken:  # each its own: raising one changes its traceback
-            request.error = copy.copy(translated)
-        self._deliver(taken)
+        self._take(group)
+        for request in group:  # each its own: raising one changes its traceback
+            request.error = copy.copy(self.translate(error))
+            request.error.__cause__ = error.__cause__
+        self._deliver(group)
 
     def _refuse_late(self, group: list[_Request[Any]]) -> None:
         """Nothing was changed for those that have waited long enough."""
         now = time.monotonic()
-        limit = self.options.busy_timeout
-        late = self._take([r for r in group if now - r.since >= limit])
+        late = [r for r in group if now - r.since >= self.options.busy_timeout]
+        self._take(late)
         for request in late:
             request.error = DatabaseBusyError(self.path, now - request.since)
         self._deliver(late)
@@ -3078,17 +3131,18 @@ class _Database:
     @staticmethod
     def _deliver(group: list[_Request[Any]]) -> None:
         """Hand out outcomes: by an event to threads, in one call to each loop."""
-        by_loop: dict[asyncio.AbstractEventLoop | None, list[_Request[Any]]] = {}
+        by_loop: dict[asyncio.AbstractEventLoop, list[_Request[Any]]] = {}
         for request in group:
             request.done = True
-            if request.delivery is not None:
-                by_loop.setdefault(request.delivery.loop, []).append(request)
-            elif request.wake is not None:
-                request.wake.set()
+            delivery = request.delivery
+            if delivery is None:
+                request.wake()
+            elif delivery.loop is None or delivery.is_gone():
+                delivery.undo(request)
+            else:
+                by_loop.setdefault(delivery.loop, []).append(request)
         for loop, requests in by_loop.items():
-            if loop is None or not _call_soon(loop, _arrive, requests):
-                for request in requests:
-                    cast(_Delivery[Any], request.delivery).undo(request)
+            _call_soon(loop, _Arrival(requests))
 
     # -- Checkpoints --
 
@@ -3108,7 +3162,7 @@ class _Database:
         self.commits_since_checkpoint = 0
         try:
             with self.writer as guard:
-                self.retry_briefly(lambda: guard.execute("BEGIN IMMEDIATE"))
+                self.retry(lambda: guard.execute("BEGIN IMMEDIATE"), patience=1.0)
                 try:
                     with self.checkpointer as connection:
                         connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
@@ -3118,61 +3172,72 @@ class _Database:
         except (sqlite3.Error, OSError, OmniQError) as error:
             logger.debug("checkpoint of %r was put off: %s", self.path, error)
 
-    def retry_briefly(self, attempt: Callable[[], object]) -> None:
-        """Take the lock for a checkpoint: worth a wait, but not a long one."""
-        since = time.monotonic()
-        while True:
-            try:
-                attempt()
-                return
-            except sqlite3.Error as error:
-                waited = time.monotonic() - since
-                if not _is_busy(error) or waited > 1.0:
-                    raise
-            time.sleep(random.uniform(0.0005, 0.002) / (1.0 + 10.0 * waited))
-
     # -- Rest, fork and close --
 
-    def rest(self) -> bool:
-        """Hold the gate and close all connections once none is in use.
+    def must_rest(self, ident: int) -> bool:
+        """Tell whether a thread has to wait for a fork before it uses a connection."""
+        return self.resting and not any(ident in pool.used for pool in self.pools)
 
-        Returns whether this thread itself is inside an operation, which then
-        goes on (only a signal handler that forks can come here in that case).
+    def rest(self) -> None:
+        """Close all connections, with the gate held, once none is in use.
+
+        Only the one of an operation of this very thread is left (it can only be
+        a signal handler that forks).
         """
-        self.gate.acquire()
-        mine = {s for s in self.active if s.owner == threading.get_ident()}
-        while self.active - mine:
+        ident = threading.get_ident()
+        self.resting = True
+        while any(other != ident for pool in self.pools for other in pool.used):
             self.gate.wait()
-        for slot in self.slots():
-            if slot not in mine:
-                slot.close()
-        idle = [t for t in self.threads if t.outstanding == 0]
-        for thread in idle:
+        self.resting = False
+        self.gate.notify_all()
+        if self.memory:
+            return
+        for pool in self.pools:
+            pool.close()
+        for thread in [t for t in self.threads if t.outstanding == 0]:
             thread.stop()
             self.threads.remove(thread)
-        return bool(mine)
+
+    def leave_alone(self, connection: sqlite3.Connection | None) -> None:
+        """In a child that was forked inside an operation: never use it again.
+
+        The connection believes that it holds locks, but they are the parent's:
+        to go on with it, or to close it, would damage the file. So every further
+        statement is refused, and it is kept for ever.
+        """
+        self.closed_reason = "the process was forked inside an operation"
+        self.ended = True
+        if connection is not None:
+            import ctypes  # noqa: PLC0415 (rare; costs import time)
+
+            self.connections.discard(connection)
+            connection.set_authorizer(lambda *_: sqlite3.SQLITE_DENY)
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(connection))
 
     def shut(self, timeout: float) -> None:
         """Refuse what comes, and close once what was begun has ended."""
-        if self.closed_reason is not None:
-            return
+        with self.gate:
+            if self.closed_reason is not None:
+                return
+            self.closed_reason = "it was closed"
+        self.watch.ring()
         limit = time.monotonic() + timeout
         with self.gate:
-            while (self.active or self.pending) and time.monotonic() < limit:
+            while self._is_busy() and time.monotonic() < limit:
                 self.gate.wait(0.01)
-            self.closed_reason = "it was closed"
-            while self.active and time.monotonic() < limit:
-                self.gate.wait(0.01)
-            for slot in self.slots():
-                if slot not in self.active:
-                    slot.close()
-        self._refuse(list(self.pending), StorageClosedError(self.path))
-        self.watch.ring()
+            self.ended = True
+            for pool in self.pools:
+                pool.close()
+        error = SystemExit() if _exiting else StorageClosedError(self.path)
+        self._refuse(list(self.pending), error)
         for thread in self.threads:
             thread.stop()
         self.threads.clear()
         with _databases_lock:
             _databases.discard(self)
+
+    def _is_busy(self) -> bool:
+        return bool(self.pending) or any(pool.used for pool in self.pools)
 
 
 _SYNCHRONOUS = {
@@ -3248,33 +3313,40 @@ def migrate(
 
 _databases: weakref.WeakSet[_Database] = weakref.WeakSet()
 _databases_lock = threading.RLock()
-_resting: list[tuple[_Database, bool]] = []
+_resting: list[_Database] = []
+_exiting = False
+_shields: list[_Interrupts] = []
 
 
 def _before_fork() -> None:
     _databases_lock.acquire()
+    _shields.append(_Interrupts())  # an exception in here would not stop the fork
     for database in sorted(_databases, key=id):
-        _resting.append((database, database.rest()))
+        database.gate.acquire()
+        _resting.append(database)
+        database.rest()
 
 
 def _after_fork_in_parent() -> None:
-    for database, _ in _resting:
+    for database in _resting:
         database.gate.release()
     _resting.clear()
+    shield = _shields.pop()
     _databases_lock.release()
+    shield.restore()
 
 
 def _after_fork_in_child() -> None:
     global _databases_lock, _id_lock
     _databases_lock, _id_lock = threading.RLock(), threading.Lock()
-    _operating.clear()
-    for database, inside in _resting:
+    _operating.intersection_update({threading.get_ident()})
+    for database in _resting:
         database.reset()
-        if inside:
-            # Its connection is open with locks that this process does not hold.
-            # Using or closing it would damage the file, so it is left alone.
-            database.closed_reason = "the process was forked inside an operation"
     _resting.clear()
+    _shields.pop().drop()
+    current = _Interrupts.current
+    if current is not None and current.thread != threading.get_ident():
+        current.drop()  # the call of a main thread that is not here
 
 
 if hasattr(os, "register_at_fork"):
@@ -3298,6 +3370,8 @@ def _dispose(
 @atexit.register
 def _close_at_exit() -> None:
     """Close what was forgotten, so that the WAL is folded in; never wait long."""
+    global _exiting
+    _exiting = True
     for database in list(_databases):
         database.shut(timeout=0.5)
 
@@ -3318,8 +3392,11 @@ class _Interrupts:
 
     def __init__(self) -> None:
         self.pending = False
+        self.deaf = False
+        self.thread = threading.get_ident()
+        self.outer = _Interrupts.current
         self.previous: Any = None
-        if threading.get_ident() == threading.main_thread().ident:
+        if self.thread == threading.main_thread().ident:
             handler = signal.getsignal(signal.SIGINT)
             if callable(handler):
                 _Interrupts.current = self
@@ -3335,31 +3412,39 @@ class _Interrupts:
             self.pending = False
             self.previous(signal.SIGINT, None)
 
+    def drop(self) -> None:
+        """In a forked child: what came was meant for the parent."""
+        self.pending = False
+        self.restore()
+
     def restore(self) -> None:
         if self.previous is not None:
-            _Interrupts.current = None
+            _Interrupts.current = self.outer
             signal.signal(signal.SIGINT, self.previous)
             self.check()
 
 
+def _recorded() -> _Interrupts | None:
+    """Return what records SIGINT for this thread and may raise it, if anything."""
+    current = _Interrupts.current
+    if current is None or current.deaf or current.thread != threading.get_ident():
+        return None
+    return current
+
+
 def _check_interrupts() -> None:
     """Raise a recorded Ctrl-C, where nothing is half done."""
-    current = _Interrupts.current
-    if current is not None and threading.get_ident() == threading.main_thread().ident:
+    current = _recorded()
+    if current is not None:
         current.check()
 
 
-def _in_main_thread() -> bool:
-    return _Interrupts.current is not None and (
-        threading.get_ident() == threading.main_thread().ident
-    )
-
-
-def _shielded(call: Callable[[], T]) -> T:
+def _shielded(call: Callable[[], T], *, deaf: bool = False) -> T:
     """Make a blocking call whose outcome is known before a Ctrl-C is raised.
 
-    No call may come between `restore()`, where a Ctrl-C of the meantime is
-    raised, and `return`: one that arrived there could lose a claim.
+    Raised inside, so that a claim is given back while further signals are still
+    recorded. One that arrives in the last moment is raised by `restore()`; no
+    call may come between that and `return`, or it could lose a claim.
     """
     ident = threading.get_ident()
     if ident in _operating:
@@ -3369,10 +3454,16 @@ def _shielded(call: Callable[[], T]) -> T:
         )
     undo: Callable[[], None] | None = None
     interrupts = _Interrupts()
+    interrupts.deaf = deaf
     try:
         try:
             _operating.add(ident)
             value = call()
+            interrupts.check()
+        except BaseException:
+            interrupts.deaf = True
+            _undo.pop(ident, _nothing)()
+            raise
         finally:
             undo = _undo.pop(ident, None)
             _operating.discard(ident)
@@ -3380,8 +3471,12 @@ def _shielded(call: Callable[[], T]) -> T:
         return value
     except BaseException:
         if undo is not None:
-            _shielded(undo)
+            _shielded(undo, deaf=True)
         raise
+
+
+def _nothing() -> None:
+    """Do nothing."""
 
 
 def _drive(
@@ -3443,14 +3538,18 @@ class _DirectGateway:
     async def write(
         self, operation: _Operation[T], *, undo: Callable[[T], None] | None = None
     ) -> T:
-        request = _Request(operation)
-        self._serve_until_done(request)
-        result = request.outcome()
-        if undo is not None and threading.get_ident() in _operating:
-            _undo[threading.get_ident()] = partial(undo, result)
-        return result
+        self.database.check_open()
+        event = threading.Event()
+        request = _Request(operation, event.set)
+        try:
+            self._serve_until_done(request, event)
+            return request.outcome()
+        finally:
+            if undo is not None and request.succeeded:
+                result = cast(T, request.result)
+                _undo[threading.get_ident()] = partial(undo, result)
 
-    def _serve_until_done(self, request: _Request[Any]) -> None:
+    def _serve_until_done(self, request: _Request[Any], event: threading.Event) -> None:
         """Wait for the leader, or lead: commit groups until ours is among them.
 
         Leadership is passed on in every case, also when an exception is thrown
@@ -3459,49 +3558,42 @@ class _DirectGateway:
         database = self.database
         try:
             try:
-                with database.queue_lock:
-                    database.check_open()
-                    database.pending.append(request)
-                    if database.leader is None:
-                        database.leader = request
-                    else:
-                        request.wake = threading.Event()
+                database.enlist(request)
                 while not request.done:
                     if database.leader is request:
                         database.serve()
                     else:
-                        self._follow(request)
+                        self._follow(request, event)
             finally:
-                self._leave(request)
+                self._leave(request, event)
         finally:
-            self._leave(request)
+            self._leave(request, event)
 
-    @staticmethod
-    def _follow(request: _Request[Any]) -> None:
-        assert request.wake is not None
-        if not _in_main_thread():
-            request.wake.wait()
-            return
-        request.wake.wait(_INTERRUPT_INTERVAL)
-        if not request.taken:
-            _check_interrupts()
+    def _follow(self, request: _Request[Any], event: threading.Event) -> None:
+        """Wait for the outcome or the lead; a Ctrl-C takes back what has not begun."""
+        interrupts = _recorded()
+        if interrupts is None:
+            event.wait()
+        elif not event.wait(_INTERRUPT_INTERVAL) and interrupts.pending:
+            if self.database.withdraw(request):
+                interrupts.check()
+                request.done = False  # the handler did not raise: as before
+                self.database.enlist(request)
 
-    def _leave(self, request: _Request[Any]) -> None:
-        """Withdraw what was not taken; make the next in line the leader."""
+    def _leave(self, request: _Request[Any], event: threading.Event) -> None:
+        """Let the next one lead; leave nothing behind that nobody waits for."""
         database = self.database
-        with database.queue_lock:
-            if not request.done and not request.taken and request in database.pending:
-                database.pending.remove(request)
-            if database.leader is request:
-                waiting = (r for r in database.pending if r.wake is not None)
-                database.leader = next(waiting, None)
-            leader = database.leader
-        if isinstance(leader, _Request) and leader.wake is not None:
-            leader.wake.set()
+        leads = database.leader is request
+        if not request.done and not database.withdraw(request) and not leads:
+            event.wait()  # it is in a transaction of another thread
+        if leads:
+            database.hand_over()
 
     def submit(self, operation: _Operation[Any]) -> None:
+        event = threading.Event()
         try:
-            self._serve_until_done(request := _Request(operation))
+            request = _Request(operation, event.set)
+            self._serve_until_done(request, event)
             request.outcome()
         except OmniQError as error:
             logger.warning("a write that nobody waits for failed: %s", error)
@@ -3512,53 +3604,44 @@ class _DirectGateway:
     async def wait(
         self, seen: int, timeout: float | None, due: float | None = None
     ) -> None:
-        event = threading.Event()
-        waiter = _Waiter(due, event.set)
+        woken = threading.Lock()  # half the price of an event, and woken once
+        woken.acquire()
+        waiter = _Waiter(due, woken.release)
         watch = self.database.watch
         if not watch.register(waiter, seen):
             return
-        leading = False
+        polls = False
         try:
-            leading = watch.take_over()
-            self._wait(event, timeout, leading)
+            polls = watch.take_over()
+            self._wait(woken, timeout, polls=polls)
         finally:
             watch.unregister(waiter)
-            if leading:
+            if polls:
                 watch.hand_over()
 
     def _wait(
-        self, event: threading.Event, timeout: float | None, leading: bool
+        self, woken: threading.Lock, timeout: float | None, *, polls: bool
     ) -> None:
         """Wait in slices: short ones to poll, middling ones to see a Ctrl-C."""
-        limit = None if timeout is None else time.monotonic() + timeout
-        slice_length: float | None = None
-        if leading:
+        limit = math.inf if timeout is None else time.monotonic() + timeout
+        slice_length = math.inf if _recorded() is None else _INTERRUPT_INTERVAL
+        if polls:
             slice_length = POLL_INTERVAL
-        elif _in_main_thread():
-            slice_length = _INTERRUPT_INTERVAL
-        while not event.is_set():
+        while True:
             _check_interrupts()
-            if leading:
+            if polls:
                 self.database.watch.poll()
-            left = None if limit is None else limit - time.monotonic()
-            if left is not None and left <= 0:
+            length = min(slice_length, limit - time.monotonic())
+            if length <= 0 or woken.acquire(
+                timeout=-1 if length == math.inf else length
+            ):
                 return
-            if left is None or slice_length is None:
-                event.wait(slice_length if left is None else left)
-            else:
-                event.wait(min(slice_length, left))
 
     async def open(self) -> None:
-        self.database.check_open()
-        with self.database.writer:
-            pass
+        self.database.read(_no_statement)
 
     async def close(self) -> None:
         self.database.shut(self.database.options.busy_timeout)
-
-
-def _nothing() -> None:
-    """Do nothing."""
 
 
 class _NoFuture:
@@ -3576,17 +3659,22 @@ class _NoFuture:
         pass
 
 
+def _no_connector() -> sqlite3.Connection:
+    raise AssertionError("the connections come from the pools")
+
+
 class _ConnectionThread:
     """The thread of one aiosqlite connection, for whole functions at a time.
 
     aiosqlite has no public call for "run this function there"; `_put` is the
     one place that uses its queue. A test runs against the oldest and the newest
     supported version. The thread is a daemon: one that is not keeps a program
-    from exiting that forgot to close.
+    from exiting that forgot to close. The functions take their connections from
+    the pools, where a fork finds them and closes them.
     """
 
-    def __init__(self, connector: Callable[[], sqlite3.Connection]) -> None:
-        self._connection = aiosqlite.Connection(connector, iter_chunk_size=64)
+    def __init__(self) -> None:
+        self._connection = aiosqlite.Connection(_no_connector, iter_chunk_size=64)
         self._lock = threading.Lock()
         self.outstanding = 0
         # aiosqlite 0.22 has a thread, older ones are one.
@@ -3599,14 +3687,16 @@ class _ConnectionThread:
         """Queue a function that raises nothing."""
         with self._lock:
             self.outstanding += 1
-        self._put(partial(self._run, function))
+        self._put(partial(self._run, [function]))
 
     def _put(self, function: Callable[[], object]) -> None:
         self._connection._tx.put_nowait((cast(Any, _NoFuture()), function))
 
-    def _run(self, function: Callable[[], None]) -> None:
+    def _run(self, functions: list[Callable[[], None]]) -> None:
         try:
-            function()
+            # Taken out of its list, because the thread keeps what it did last: an
+            # object that is forgotten would never be closed.
+            functions.pop()()
         finally:
             with self._lock:
                 self.outstanding -= 1
@@ -3640,71 +3730,65 @@ class _AsyncGateway:
     ) -> T:
         if self.database.memory:  # microseconds under a lock: no thread is needed
             return await self._direct.write(operation)
+        self.database.check_open()
         loop = _running_loop()
-        future: asyncio.Future[_Request[T]] = loop.create_future()
-        self._enlist(_Request(operation, _Delivery(loop, future, undo)))
+        future: asyncio.Future[None] = loop.create_future()
+        delivery = _Delivery(loop, future, undo)
+        request = _Request(operation, self._lead, delivery)
+        self._enlist(request)
         try:
-            return (await future).outcome()
-        except asyncio.CancelledError:
-            if undo is not None and future.done() and not future.cancelled():
-                _undo_request(future.result(), undo)
+            await future
+        except BaseException:
+            if future.done() and not future.cancelled():
+                delivery.undo(request)  # it had arrived, but its caller goes
             raise
+        return request.outcome()
 
     def _enlist(self, request: _Request[Any]) -> None:
-        """Queue a request and see that the writer's thread serves it.
+        """Queue a request and see that it is served.
 
         Nothing is awaited here: a caller that is cancelled before its request is
         queued has asked for nothing, and afterwards it is the delivery's turn.
         """
-        database = self.database
-        with database.gate:  # not while a fork is under way
-            with database.queue_lock:
-                database.check_open()
-                database.pending.append(request)
-                idle = database.leader is None
-                if idle:
-                    database.leader = self
-            if idle:
-                self._writer = self._running(self._writer)
+        with self.database.gate:  # not while a fork is under way
+            self._writer = self._running(self._writer)
+            if self.database.enlist(request):
                 self._writer.submit(self._serve)
 
+    def _lead(self) -> None:
+        """Go on leading, or take over from a thread that did."""
+        with self.database.gate:
+            self._writer = self._running(self._writer)
+            self._writer.submit(self._serve)
+
     def _serve(self) -> None:
-        """Commit groups until nothing waits; on the writer's thread."""
-        database = self.database
-        while True:
-            try:
-                database.serve()
-            except BaseException:
-                logger.exception("the writer of %r failed", database.path)
-                with database.queue_lock:
-                    database.leader = None
-                return
-            with database.queue_lock:
-                if not database.pending:
-                    database.leader = None
-                    return
+        """Commit a group and let the next one lead; on the writer's thread."""
+        try:
+            self.database.serve()
+        finally:
+            self.database.hand_over()
 
     def submit(self, operation: _Operation[Any]) -> None:
         if self.database.memory:
             self._direct.submit(operation)
             return
         try:
-            self._enlist(_Request(operation, _Delivery(None, None, None)))
+            self._enlist(_Request(operation, self._lead, _Delivery(None, None, None)))
         except StorageClosedError as error:
             logger.warning("a write that nobody waits for failed: %s", error)
 
     async def read(self, function: Callable[[sqlite3.Connection], T]) -> T:
         database = self.database
-        database.check_open()
         if database.memory:
             return database.read(function)
+        database.check_open()
         loop = _running_loop()
         future: asyncio.Future[T] = loop.create_future()
 
         def run() -> None:
             try:
                 result = database.read(function)
-            except BaseException as error:
+            except BaseException as error:  # noqa: BLE001 (delivered)
                 _call_soon(loop, _set_exception, future, error)
             else:
                 _call_soon(loop, _set_result, future, result)
@@ -3726,9 +3810,10 @@ class _AsyncGateway:
 
     def _running(self, thread: _ConnectionThread | None) -> _ConnectionThread:
         """Return this thread, or a new one where a fork has ended it."""
+        self.database.check_usable()
         if thread is not None and thread in self.database.threads:
             return thread
-        thread = _ConnectionThread(partial(self.database.connect, writable=True))
+        thread = _ConnectionThread()
         self.database.threads.append(thread)
         return thread
 
@@ -3774,16 +3859,15 @@ class _AsyncGateway:
                     return
 
     async def open(self) -> None:
-        _running_loop()
-        await self.write(_Operation(_no_statement, flush=False))
+        await self.read(_no_statement)
 
     async def close(self) -> None:
-        """Close on the writer's thread, behind everything that was asked for."""
+        """Close on a thread, because it waits for what was asked for before."""
         database = self.database
         if database.closed_reason is not None:
             return
         timeout = database.options.busy_timeout
-        if database.memory or not database.threads:
+        if not database.threads:
             database.shut(timeout)
             return
         loop = _running_loop()
@@ -3844,35 +3928,46 @@ class _Delivery(Generic[T]):
     def __init__(
         self,
         loop: asyncio.AbstractEventLoop | None,
-        future: asyncio.Future[_Request[T]] | None,
+        future: asyncio.Future[None] | None,
         undo: Callable[[T], None] | None,
     ) -> None:
         self.loop = loop
         self.future = future
         self.undo_result = undo
 
+    def is_gone(self) -> bool:
+        """Tell whether the caller was cancelled."""
+        return self.future is None or self.future.done()
+
     def arrive(self, request: _Request[T]) -> None:
-        if self.future is None or self.future.done():  # the caller has gone
+        if self.future is None or self.future.done():
             self.undo(request)
         else:
-            self.future.set_result(request)
+            self.future.set_result(None)
 
     def undo(self, request: _Request[T]) -> None:
-        if self.undo_result is not None:
-            _undo_request(request, self.undo_result)
+        if self.undo_result is not None and request.succeeded:
+            self.undo_result(cast(T, request.result))
         elif self.loop is None and request.error is not None:
             logger.warning("a write that nobody waits for failed: %s", request.error)
 
 
-def _arrive(requests: list[_Request[Any]]) -> None:
-    for request in requests:
-        assert request.delivery is not None
-        request.delivery.arrive(request)
+class _Arrival:
+    """Outcomes on their way to a loop; undone if the loop is closed before."""
 
+    __slots__ = ("requests",)
 
-def _undo_request(request: _Request[T], undo: Callable[[T], None]) -> None:
-    if request.error is None:
-        undo(cast(T, request.result))
+    def __init__(self, requests: list[_Request[Any]]) -> None:
+        self.requests = requests
+
+    def __call__(self) -> None:
+        requests, self.requests = self.requests, []
+        for request in requests:
+            cast(_Delivery[Any], request.delivery).arrive(request)
+
+    def __del__(self) -> None:
+        for request in self.requests:
+            cast(_Delivery[Any], request.delivery).undo(request)
 
 
 # =============================================================================
@@ -3914,7 +4009,7 @@ class _Note:
         }
 
     def event(self, now: float) -> TaskEvent:
-        at = datetime.fromtimestamp(now, timezone.utc)
+        at = datetime.fromtimestamp(now, UTC)
         return TaskEvent(
             self.type,
             self.task_id,
@@ -3926,22 +4021,55 @@ class _Note:
         )
 
 
-class _AsyncStorage:
-    """What the async storages share: a gateway, opening, closing, pickling."""
+def _arguments_of(scope: dict[str, Any]) -> dict[str, Any]:
+    """Return a constructor's keyword arguments, from its `locals()`."""
+    kept = {"self", "path", "__class__"}
+    return {name: value for name, value in scope.items() if name not in kept}
 
-    _component: str
+
+_SHARED_OPTIONS = (
+    "synchronous",
+    "busy_timeout",
+    "allow_network_fs",
+    "clock",
+    "readers",
+)
+
+
+def _new_gateway(
+    path: str | os.PathLike[str], arguments: dict[str, Any], *components: str
+) -> _AsyncGateway:
+    """Return the connections of a new object; nothing is opened yet."""
+    shared = {name: arguments[name] for name in _SHARED_OPTIONS}
+    options = _Options(_absolute(path), **shared)
+    return _AsyncGateway(_Database(options, components))
+
+
+class _AsyncStorage:
+    """What the async classes share: a gateway, opening, closing, pickling."""
+
     _gateway: _Gateway
     _serializer: Serializer
     _arguments: dict[str, Any]
     _owned = True
     """Whether closing this object closes the connections; a backend's parts share."""
 
-    def _set_up(
-        self, gateway: _Gateway, serializer: str | Serializer, arguments: dict[str, Any]
-    ) -> None:
+    def _set_up(self, gateway: _Gateway, arguments: dict[str, Any]) -> None:
+        """Take what the constructor was given; the classes add their own."""
         self._gateway = gateway
-        self._serializer = _find_serializer(serializer)
         self._arguments = arguments
+        self._serializer = _find_serializer(arguments["serializer"])
+
+    @classmethod
+    def _over(cls, gateway: _Gateway, arguments: dict[str, Any]) -> Self:
+        """Make a part of a backend, which shares that one's connections."""
+        self = cls.__new__(cls)
+        self._owned = False
+        self._set_up(gateway, arguments)
+        return self
+
+    def _clock(self) -> float:
+        return self._gateway.database.options.clock()
 
     @property
     def path(self) -> str:
@@ -3957,12 +4085,23 @@ class _AsyncStorage:
         return _rebuild, (type(self), self.path, self._arguments)
 
     async def close(self) -> None:
-        """Close the connections; what was asked for before is finished first."""
+        """Close what this object opened; what was asked for before is finished."""
         if self._owned:
             await self._gateway.close()
 
-    async def __aenter__(self) -> Self:
+    async def _open(self) -> None:
         await self._gateway.open()
+
+    def _databases(self) -> list[_Database]:
+        """Return what a plain `with` opens and closes."""
+        return [self._gateway.database]
+
+    def _use_directly(self) -> None:
+        """Let a blocking twin drive this object."""
+        self._gateway = _DirectGateway(self._gateway.database)
+
+    async def __aenter__(self) -> Self:
+        await self._open()
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -3971,13 +4110,13 @@ class _AsyncStorage:
     def __enter__(self) -> Self:
         """Check and create the file where no loop runs."""
         _refuse_loop(self)
-        _shielded(partial(_drive, _DirectGateway(self._gateway.database).open))
+        for database in self._databases():
+            _shielded(partial(_drive, _DirectGateway(database).open))
         return self
 
     def __exit__(self, *_: object) -> None:
         _refuse_loop(self)
-        if self._owned:
-            database = self._gateway.database
+        for database in self._databases() if self._owned else ():
             _shielded(partial(database.shut, database.options.busy_timeout))
 
 
@@ -3994,7 +4133,7 @@ def _refuse_loop(storage: object) -> None:
 
 def _is_event_log_of(events: object, path: str) -> bool:
     """Tell whether an event storage is ours and on this very file."""
-    if not isinstance(events, _AsyncStorage) or events._component != "events":
+    if not isinstance(events, _AsyncStorage):
         return False
     if ":memory:" in (path, events.path):
         return False
@@ -4005,10 +4144,18 @@ def _rebuild(cls: Callable[..., T], path: str, arguments: dict[str, Any]) -> T:
     return cls(path, **arguments)
 
 
+def _message_of(error: BaseException) -> str:
+    """Return an exception's text, also of one that cannot tell it."""
+    try:
+        return str(error)
+    except Exception as second:  # noqa: BLE001 -- whatever a foreign __str__ raises
+        return f"(its message cannot be read: {type(second).__name__})"
+
+
 def _error_text(error: str | BaseException) -> str:
     """Return what is kept of an error: its type and message, shortened."""
     if isinstance(error, BaseException):
-        message = str(error)
+        message = _message_of(error)
         name = type(error).__name__
         error = f"{name}: {message}" if message else name
     _check(isinstance(error, str), "error", "a string or an exception", error)
@@ -4165,21 +4312,18 @@ class _Claim(_Operation[_Claimed]):
 
     def look(self, connection: sqlite3.Connection) -> bool:
         now = self.queue._clock()
-        self.plan = []
-        self.next_due = None
+        plan: list[tuple[str, bool]] = []
+        later: list[float] = []
         for name in self.names:
             [row] = connection.execute(LOOK, {"queue": name}).fetchall()
             ready, paused, due_at = row
-            if paused:
-                continue
             due = due_at is not None and due_at <= now
-            if ready or due:
-                self.plan.append((name, due))
-            elif due_at is not None and (
-                self.next_due is None or due_at < self.next_due
-            ):
-                self.next_due = due_at
-        return bool(self.plan)
+            if not paused and (ready or due):
+                plan.append((name, due))
+            elif not paused and due_at is not None:
+                later.append(due_at)
+        self.plan, self.next_due = plan, min(later, default=None)
+        return bool(plan)
 
     def idle(self) -> _Claimed:
         return _Claimed([], [], self.next_due)
@@ -4241,7 +4385,7 @@ class _Claim(_Operation[_Claimed]):
         error: SerializationError,
         claimed: _Claimed,
     ) -> None:
-        """A task that cannot be read fails at once; others must not wait behind."""
+        """Fail a task that cannot be read at once; others must not wait behind it."""
         message = _error_text(error)
         parameters = {
             "id": row[1],
@@ -4276,8 +4420,6 @@ class AsyncSQLiteQueue(_AsyncStorage):
     the other errors of this module that say what is wrong with the file.
     """
 
-    _component = "queue"
-
     def __init__(
         self,
         path: str | os.PathLike[str],
@@ -4291,55 +4433,21 @@ class AsyncSQLiteQueue(_AsyncStorage):
         clock: Callable[[], float] = time.time,
         readers: int = DEFAULT_READERS,
     ) -> None:
-        arguments = {
-            "synchronous": synchronous,
-            "busy_timeout": busy_timeout,
-            "serializer": serializer,
-            "events": events,
-            "retention": retention,
-            "allow_network_fs": allow_network_fs,
-            "clock": clock,
-            "readers": readers,
-        }
-        options = _Options(
-            _absolute(path), synchronous, busy_timeout, allow_network_fs, clock, readers
-        )
-        inside = _is_event_log_of(events, options.path)
-        components = ["queue", "events"] if inside else ["queue"]
-        gateway = _AsyncGateway(_Database(options, components))
-        self._set_up(gateway, serializer, arguments)
-        self._set_up_queue(retention, events, inside=inside)
+        arguments = _arguments_of(locals())
+        inside = _is_event_log_of(events, _absolute(path))
+        components = ("queue", "events") if inside else ("queue",)
+        self._set_up(_new_gateway(path, arguments, *components), arguments)
 
-    def _set_up_queue(
-        self, retention: float, events: AsyncEventStorage | None, *, inside: bool
-    ) -> None:
-        _check_number("retention", retention)
-        self._retention = float(retention)
-        self._events = events
-        self._events_inside = inside
+    def _set_up(self, gateway: _Gateway, arguments: dict[str, Any]) -> None:
+        super()._set_up(gateway, arguments)
+        _check_number("retention", arguments["retention"])
+        self._retention = float(arguments["retention"])
+        self._events: AsyncEventStorage | None = arguments["events"]
+        here = "events" in gateway.database.components
+        self._events_inside = here and self._events is not None
         self._noted: dict[str, float] = {}
 
-    @classmethod
-    def _over(
-        cls,
-        gateway: _Gateway,
-        serializer: str | Serializer,
-        arguments: dict[str, Any],
-        retention: float,
-        events: AsyncEventStorage | None,
-    ) -> Self:
-        """Make a queue that shares a backend's connections."""
-        self = cls.__new__(cls)
-        self._owned = False
-        self._set_up(gateway, serializer, arguments)
-        inside = "events" in gateway.database.components and events is not None
-        self._set_up_queue(retention, events, inside=inside)
-        return self
-
     # -- Shared by the methods --
-
-    def _clock(self) -> float:
-        return self._gateway.database.options.clock()
 
     def _log_inside(
         self, connection: sqlite3.Connection, notes: Sequence[_Note], now: float
@@ -5035,14 +5143,14 @@ def _retry(
 
 def _stats_from_rows(counts: Sequence[Row], paused: set[str]) -> list[QueueStats]:
     found: dict[str, dict[str, Any]] = {name: {} for name in paused}
-    for queue, status, count, oldest in counts:
-        values = found.setdefault(queue, {})
+    for name, status, count, oldest in counts:
+        values = found.setdefault(name, {})
         values[status] = count
         if status == "pending":
             values["oldest_pending_at"] = _from_unix(oldest)
     return [
-        QueueStats(queue, paused=queue in paused, **values)
-        for queue, values in sorted(found.items())
+        QueueStats(name, paused=name in paused, **values)
+        for name, values in sorted(found.items())
     ]
 
 
@@ -5171,8 +5279,6 @@ class AsyncSQLiteResultStorage(_AsyncStorage):
     are those of `AsyncSQLiteQueue`.
     """
 
-    _component = "results"
-
     def __init__(
         self,
         path: str | os.PathLike[str],
@@ -5185,41 +5291,13 @@ class AsyncSQLiteResultStorage(_AsyncStorage):
         clock: Callable[[], float] = time.time,
         readers: int = DEFAULT_READERS,
     ) -> None:
-        arguments = {
-            "ttl": ttl,
-            "synchronous": synchronous,
-            "busy_timeout": busy_timeout,
-            "serializer": serializer,
-            "allow_network_fs": allow_network_fs,
-            "clock": clock,
-            "readers": readers,
-        }
-        options = _Options(
-            _absolute(path), synchronous, busy_timeout, allow_network_fs, clock, readers
-        )
-        gateway = _AsyncGateway(_Database(options, [self._component]))
-        self._set_up(gateway, serializer, arguments)
-        _check_ttl(ttl)
-        self._ttl = ttl
+        arguments = _arguments_of(locals())
+        self._set_up(_new_gateway(path, arguments, "results"), arguments)
 
-    @classmethod
-    def _over(
-        cls,
-        gateway: _Gateway,
-        serializer: str | Serializer,
-        arguments: dict[str, Any],
-        ttl: float | None,
-    ) -> Self:
-        """Make a result storage that shares a backend's connections."""
-        self = cls.__new__(cls)
-        self._owned = False
-        self._set_up(gateway, serializer, arguments)
-        _check_ttl(ttl)
-        self._ttl = ttl
-        return self
-
-    def _clock(self) -> float:
-        return self._gateway.database.options.clock()
+    def _set_up(self, gateway: _Gateway, arguments: dict[str, Any]) -> None:
+        super()._set_up(gateway, arguments)
+        _check_ttl(arguments["ttl"])
+        self._ttl: float | None = arguments["ttl"]
 
     def _row_of(self, result: TaskResult, ttl: float | None = None) -> dict[str, Any]:
         life = self._ttl if ttl is None else ttl
@@ -5407,9 +5485,10 @@ def _cursor_number(after: str | None) -> int:
 
 
 def _event_filter(
+    *,
     task_id: str | None,
     queue: str | None,
-    type: str | None,  # noqa: A002 -- the contract's name
+    type: str | None,
     since: datetime | None,
     until: datetime | None,
     after: str | None,
@@ -5453,38 +5532,12 @@ class AsyncSQLiteEventStorage(_AsyncStorage):
         clock: Callable[[], float] = time.time,
         readers: int = DEFAULT_READERS,
     ) -> None:
-        arguments = {
-            "retention": retention,
-            "synchronous": synchronous,
-            "busy_timeout": busy_timeout,
-            "serializer": serializer,
-            "allow_network_fs": allow_network_fs,
-            "clock": clock,
-            "readers": readers,
-        }
-        options = _Options(
-            _absolute(path), synchronous, busy_timeout, allow_network_fs, clock, readers
-        )
-        gateway = _AsyncGateway(_Database(options, [self._component]))
-        self._set_up(gateway, serializer, arguments)
-        _check_number("retention", retention, optional=True)
-        self._retention = retention
+        arguments = _arguments_of(locals())
+        self._set_up(_new_gateway(path, arguments, "events"), arguments)
 
-    @classmethod
-    def _over(
-        cls,
-        gateway: _Gateway,
-        serializer: str | Serializer,
-        arguments: dict[str, Any],
-        retention: float | None,
-    ) -> Self:
-        """Make an event storage that shares a backend's connections."""
-        self = cls.__new__(cls)
-        self._owned = False
-        self._set_up(gateway, serializer, arguments)
-        _check_number("retention", retention, optional=True)
-        self._retention = retention
-        return self
+    def _set_up(self, gateway: _Gateway, arguments: dict[str, Any]) -> None:
+        super()._set_up(gateway, arguments)
+        _check_number("retention", arguments["retention"], optional=True)
 
     async def log(self, event: TaskEvent) -> None:
         """Add an event."""
@@ -5506,7 +5559,7 @@ class AsyncSQLiteEventStorage(_AsyncStorage):
         *,
         task_id: str | None = None,
         queue: str | None = None,
-        type: str | None = None,  # noqa: A002 -- the contract's name
+        type: str | None = None,
         since: datetime | None = None,
         until: datetime | None = None,
         after: str | None = None,
@@ -5518,7 +5571,14 @@ class AsyncSQLiteEventStorage(_AsyncStorage):
         `since` is inclusive, `until` exclusive; `after`: the id of an event.
         """
         _check_integer("limit", limit)
-        way, parameters = _event_filter(task_id, queue, type, since, until, after)
+        way, parameters = _event_filter(
+            task_id=task_id,
+            queue=queue,
+            type=type,
+            since=since,
+            until=until,
+            after=after,
+        )
         statement = SELECT_EVENTS[way, bool(newest_first)]
         parameters["limit"] = limit
 
@@ -5533,13 +5593,20 @@ class AsyncSQLiteEventStorage(_AsyncStorage):
         *,
         task_id: str | None = None,
         queue: str | None = None,
-        type: str | None = None,  # noqa: A002 -- the contract's name
+        type: str | None = None,
         since: datetime | None = None,
         until: datetime | None = None,
         after: str | None = None,
     ) -> int:
         """Return how many events match."""
-        way, parameters = _event_filter(task_id, queue, type, since, until, after)
+        way, parameters = _event_filter(
+            task_id=task_id,
+            queue=queue,
+            type=type,
+            since=since,
+            until=until,
+            after=after,
+        )
 
         def fetch(connection: sqlite3.Connection) -> int:
             rows = connection.execute(COUNT_EVENTS[way], parameters).fetchall()
@@ -5561,7 +5628,7 @@ class AsyncSQLiteEventStorage(_AsyncStorage):
     async def purge(self, *, older_than: float) -> int:
         """Delete events older than so many seconds; return how many."""
         _check_number("older_than", older_than)
-        before = self._gateway.database.options.clock() - older_than
+        before = self._clock() - older_than
         return await _in_steps(self._gateway, PURGE_EVENTS, {"before": before})
 
 
@@ -5624,17 +5691,18 @@ class AsyncEventFollower:
 # Each has an async object and runs its coroutines: to their end in the calling
 # thread over a direct gateway, or, when made by `from_async`, in the loop of the
 # async object. The methods are written out, so that editors and type checkers
-# see them; a test compares them with the async ones.
+# see them; a test compares them with the async ones. What is needed of anyio is
+# imported where it is needed: it takes 8 ms that most programs never spend.
 
 A = TypeVar("A", bound="_AsyncStorage")
 
 
 class _Twin(Generic[A]):
-    """What the blocking storages share."""
+    """What the blocking classes share."""
 
     _async: A
     _arguments: dict[str, Any]
-    _token: anyio.lowlevel.EventLoopToken | None = None
+    _token: EventLoopToken | None = None
     _loop_thread = 0
     _detached = False
 
@@ -5647,7 +5715,7 @@ class _Twin(Generic[A]):
         return self
 
     def _set_up(self, storage: A, arguments: dict[str, Any]) -> None:
-        storage._gateway = _DirectGateway(storage._gateway.database)
+        storage._use_directly()
         self._async = storage
         self._arguments = arguments
 
@@ -5674,7 +5742,7 @@ class _Twin(Generic[A]):
         **kwargs: P.kwargs,
     ) -> T:
         if self._token is None:
-            return _shielded(partial(_drive, method, *args, **kwargs))
+            return _shielded(lambda: _drive(method, *args, **kwargs))
         self._check_usable()
         return _run_in_loop(
             self._token, self._loop_thread, partial(method, *args, **kwargs)
@@ -5692,43 +5760,49 @@ class _Twin(Generic[A]):
         if self.path == ":memory:":
             raise TypeError(f"{type(self).__name__} on ':memory:' cannot be pickled")
         if self._token is not None:
-            raise TypeError(
-                f"{type(self).__name__} made by from_async() is of one loop"
-            )
+            raise TypeError(f"{type(self).__name__} of from_async() is of one loop")
         return _rebuild, (type(self), self.path, self._arguments)
 
     def close(self) -> None:
-        """Close the connections; what was asked for before is finished first."""
+        """Close what this object opened; what was asked for before is finished."""
         if self._token is not None:
             self._detached = True
         else:
             self._run(self._async.close)
 
     def __enter__(self) -> Self:
-        self._run(self._async._gateway.open)
+        self._run(self._async._open)
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
 
     async def __aenter__(self) -> Self:
-        return await anyio.to_thread.run_sync(self.__enter__)
+        return await _in_thread(self.__enter__)
 
     async def __aexit__(self, *_: object) -> None:
-        await anyio.to_thread.run_sync(self.close)
+        await _in_thread(self.close)
 
 
-def _current_token() -> anyio.lowlevel.EventLoopToken:
+async def _in_thread(call: Callable[[], T]) -> T:
+    from anyio import to_thread
+
+    return await to_thread.run_sync(call)
+
+
+def _current_token() -> EventLoopToken:
+    from anyio.lowlevel import current_token
+
     try:
-        return anyio.lowlevel.current_token()
-    except Exception:  # anyio's own class for this is newer than the oldest anyio
+        return current_token()
+    except Exception:  # noqa: BLE001 -- anyio's class for this is not in old ones
         raise RuntimeError(
             "from_async() must be called where the event loop runs"
         ) from None
 
 
 def _run_in_loop(
-    token: anyio.lowlevel.EventLoopToken,
+    token: EventLoopToken,
     loop_thread: int,
     call: Callable[[], Coroutine[Any, Any, T]],
 ) -> T:
@@ -5737,7 +5811,9 @@ def _run_in_loop(
             "a twin made by from_async() would block its own event loop here;"
             " await the async object, or use the twin in another thread"
         )
-    return anyio.from_thread.run(call, token=token)
+    from anyio import from_thread
+
+    return from_thread.run(call, token=token)
 
 
 class _Unblocked:
@@ -5788,18 +5864,9 @@ class SQLiteQueue(_Twin[AsyncSQLiteQueue]):
         clock: Callable[[], float] = time.time,
         readers: int = DEFAULT_READERS,
     ) -> None:
-        queue = AsyncSQLiteQueue(
-            path,
-            synchronous=synchronous,
-            busy_timeout=busy_timeout,
-            serializer=serializer,
-            events=_unblocked(events),
-            retention=retention,
-            allow_network_fs=allow_network_fs,
-            clock=clock,
-            readers=readers,
-        )
-        self._set_up(queue, queue._arguments | {"events": events})
+        arguments = _arguments_of(locals())
+        awaited = arguments | {"events": _unblocked(events)}
+        self._set_up(AsyncSQLiteQueue(path, **awaited), arguments)
 
     def enqueue(self, task: Task, *, delay: float = 0.0) -> str:
         """Add a task and return its id, or the id of the live one with its key."""
@@ -5984,17 +6051,8 @@ class SQLiteResultStorage(_Twin[AsyncSQLiteResultStorage]):
         clock: Callable[[], float] = time.time,
         readers: int = DEFAULT_READERS,
     ) -> None:
-        results = AsyncSQLiteResultStorage(
-            path,
-            ttl=ttl,
-            synchronous=synchronous,
-            busy_timeout=busy_timeout,
-            serializer=serializer,
-            allow_network_fs=allow_network_fs,
-            clock=clock,
-            readers=readers,
-        )
-        self._set_up(results, results._arguments)
+        arguments = _arguments_of(locals())
+        self._set_up(AsyncSQLiteResultStorage(path, **arguments), arguments)
 
     def store(self, result: TaskResult, *, ttl: float | None = None) -> None:
         """Store a result; it replaces one of the same task, unless that is newer."""
@@ -6048,17 +6106,8 @@ class SQLiteEventStorage(_Twin[AsyncSQLiteEventStorage]):
         clock: Callable[[], float] = time.time,
         readers: int = DEFAULT_READERS,
     ) -> None:
-        events = AsyncSQLiteEventStorage(
-            path,
-            retention=retention,
-            synchronous=synchronous,
-            busy_timeout=busy_timeout,
-            serializer=serializer,
-            allow_network_fs=allow_network_fs,
-            clock=clock,
-            readers=readers,
-        )
-        self._set_up(events, events._arguments)
+        arguments = _arguments_of(locals())
+        self._set_up(AsyncSQLiteEventStorage(path, **arguments), arguments)
 
     def log(self, event: TaskEvent) -> None:
         """Add an event."""
@@ -6073,7 +6122,7 @@ class SQLiteEventStorage(_Twin[AsyncSQLiteEventStorage]):
         *,
         task_id: str | None = None,
         queue: str | None = None,
-        type: str | None = None,  # noqa: A002 -- the contract's name
+        type: str | None = None,
         since: datetime | None = None,
         until: datetime | None = None,
         after: str | None = None,
@@ -6098,7 +6147,7 @@ class SQLiteEventStorage(_Twin[AsyncSQLiteEventStorage]):
         *,
         task_id: str | None = None,
         queue: str | None = None,
-        type: str | None = None,  # noqa: A002 -- the contract's name
+        type: str | None = None,
         since: datetime | None = None,
         until: datetime | None = None,
         after: str | None = None,
@@ -6166,11 +6215,11 @@ _WORKER_STALE_AFTER = 60.0  # seconds without a sign of life
 def _exception_result(
     task: Task, error: BaseException, finished_at: datetime
 ) -> TaskResult:
-    lines = traceback.format_exception(type(error), error, error.__traceback__)
+    lines = traceback.format_exception(error)
     return TaskResult(
         task.id,
         ResultStatus.ERROR,
-        error=_clean_text(str(error)),
+        error=_clean_text(_message_of(error)),
         error_type=type(error).__name__,
         traceback="".join(lines),
         started_at=task.started_at,
@@ -6214,6 +6263,12 @@ def _result_of_row(task: Task) -> TaskResult:
     )
 
 
+def _is_result_of(stored: TaskResult, task: Task) -> bool:
+    """Tell whether a result is of the claim that ended a task, not of one before."""
+    ended = task.status in (TaskStatus.COMPLETED, TaskStatus.FAILED)
+    return ended and (stored.claim is None or stored.claim >= task.claims)
+
+
 def _due_at(task: Task) -> float | None:
     """Return when time changes a live task, as the file's `due_at`."""
     if task.status is TaskStatus.RUNNING:
@@ -6224,12 +6279,12 @@ def _due_at(task: Task) -> float | None:
     return min((t.timestamp() for t in times if t is not None), default=None)
 
 
-class AsyncSQLiteBackend:
+class AsyncSQLiteBackend(_AsyncStorage):
     """Queue, results and events together, for asyncio.
 
     `queue`, `results`, `events`: each `True` for a place on `path`, a path for a
-    file of its own, a ready object of the interface, or `False` for none. By
-    default queue and results are on `path` and events are off. `result_ttl` and
+    file of its own, a ready object of the interface, `False` for none, or `None`
+    for the default: queue and results on `path`, no events. `result_ttl` and
     `event_retention`: seconds, `None` for ever. The other options are those of
     `AsyncSQLiteQueue`.
     """
@@ -6251,42 +6306,27 @@ class AsyncSQLiteBackend:
         clock: Callable[[], float] = time.time,
         readers: int = DEFAULT_READERS,
     ) -> None:
-        self._arguments: dict[str, Any] = {
-            "queue": queue,
-            "results": results,
-            "events": events,
-            "result_ttl": result_ttl,
-            "event_retention": event_retention,
-            "synchronous": synchronous,
-            "busy_timeout": busy_timeout,
-            "serializer": serializer,
-            "retention": retention,
-            "allow_network_fs": allow_network_fs,
-            "clock": clock,
-            "readers": readers,
-        }
-        options = _Options(
-            _absolute(path), synchronous, busy_timeout, allow_network_fs, clock, readers
-        )
+        arguments = _arguments_of(locals())
+        queue = True if queue is None else queue
+        results = True if results is None else results
         _check(queue is not False, "queue", "True, a path or a queue", queue)
-        wanted = {
-            "queue": True if queue is None else queue,
-            "results": True if results is None else results,
-            "events": events,
-        }
-        here = [name for name, where in wanted.items() if where is True]
-        self._gateway: _Gateway = _AsyncGateway(_Database(options, here))
+        parts = {"queue": queue, "results": results, "events": events}
+        here = [name for name, where in parts.items() if where is True]
+        self._set_up(_new_gateway(path, arguments, *here), arguments)
         self._closable: list[_AsyncStorage] = []
-        self._events = self._make_events(wanted["events"])
-        self._results = self._make_results(wanted["results"])
-        self._queue = self._make_queue(wanted["queue"])
+        life, kept = {"ttl": result_ttl}, {"retention": event_retention}
+        self._events: AsyncEventStorage | None = self._make(
+            AsyncSQLiteEventStorage, events, "log_many", self._options(**kept)
+        )
+        self._results: AsyncResultStorage | None = self._make(
+            AsyncSQLiteResultStorage, results, "store", self._options(**life)
+        )
+        options = self._options(retention=retention, events=self._events)
+        self._queue: AsyncTaskQueue = self._make(
+            AsyncSQLiteQueue, queue, "dequeue_many", options
+        )
 
     # -- Parts --
-
-    @property
-    def path(self) -> str:
-        """The absolute path of the backend's file, or ":memory:"."""
-        return self._gateway.database.path
 
     @property
     def queue(self) -> AsyncSQLiteQueue:
@@ -6303,59 +6343,21 @@ class AsyncSQLiteBackend:
         """The event storage, or `None`."""
         return cast("AsyncSQLiteEventStorage | None", self._events)
 
-    def _options(self) -> dict[str, Any]:
-        names = "synchronous busy_timeout serializer allow_network_fs clock readers"
-        return {name: self._arguments[name] for name in names.split()}
+    def _options(self, **more: Any) -> dict[str, Any]:
+        """Return the constructor's arguments that a part takes, too."""
+        names = (*_SHARED_OPTIONS, "serializer")
+        return {name: self._arguments[name] for name in names} | more
 
-    def _own(self, storage: _AsyncStorage) -> Any:
-        self._closable.append(storage)
-        return storage
-
-    def _make_events(self, where: Any) -> AsyncEventStorage | None:
-        retention = self._arguments["event_retention"]
-        serializer = self._arguments["serializer"]
+    def _make(self, cls: Any, where: Any, method: str, options: dict[str, Any]) -> Any:
+        """Return a part: on our file, on a file of its own, or the object given."""
         if where is None or where is False:
             return None
-        options = {**self._options(), "retention": retention}
         if where is True:
-            gateway = self._gateway
-            return AsyncSQLiteEventStorage._over(
-                gateway, serializer, options, retention
-            )
+            return cls._over(self._gateway, options)
         if isinstance(where, (str, os.PathLike)):
-            made = AsyncSQLiteEventStorage(where, **options)
-            return cast(AsyncEventStorage, self._own(made))
-        return cast(AsyncEventStorage, _check_part("events", where, "log_many"))
-
-    def _make_results(self, where: Any) -> AsyncResultStorage | None:
-        ttl = self._arguments["result_ttl"]
-        serializer = self._arguments["serializer"]
-        if where is False:
-            return None
-        options = {**self._options(), "ttl": ttl}
-        if where is True:
-            gateway = self._gateway
-            return AsyncSQLiteResultStorage._over(gateway, serializer, options, ttl)
-        if isinstance(where, (str, os.PathLike)):
-            made = AsyncSQLiteResultStorage(where, **options)
-            return cast(AsyncResultStorage, self._own(made))
-        return cast(AsyncResultStorage, _check_part("results", where, "store"))
-
-    def _make_queue(self, where: Any) -> AsyncTaskQueue:
-        retention = self._arguments["retention"]
-        serializer = self._arguments["serializer"]
-        options = {
-            **self._options(),
-            "retention": retention,
-            "events": self._events,
-        }
-        if where is True:
-            return AsyncSQLiteQueue._over(
-                self._gateway, serializer, options, retention, self._events
-            )
-        if isinstance(where, (str, os.PathLike)):
-            return cast(AsyncTaskQueue, self._own(AsyncSQLiteQueue(where, **options)))
-        return cast(AsyncTaskQueue, _check_part("queue", where, "dequeue_many"))
+            self._closable.append(cls(where, **options))
+            return self._closable[-1]
+        return _check_part(where, cls, method)
 
     def _use_directly(self) -> None:
         """Let a blocking twin drive this object and all its parts."""
@@ -6380,9 +6382,9 @@ class AsyncSQLiteBackend:
         for name in ("_queue", "_results", "_events"):
             part = getattr(self, name)
             if isinstance(part, _AsyncStorage):
-                part = copy.copy(part)
-                part._gateway = in_loops(part._gateway)
-                setattr(self, name, part)
+                shared = _share(part)
+                shared._gateway = in_loops(part._gateway)
+                setattr(self, name, shared)
 
     def _parts(self) -> tuple[object, ...]:
         return self._queue, self._results, self._events
@@ -6425,41 +6427,22 @@ class AsyncSQLiteBackend:
 
     # -- Life --
 
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.path!r})"
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        if self.path == ":memory:":
-            raise TypeError(f"{type(self).__name__} on ':memory:' cannot be pickled")
-        return _rebuild, (type(self), self.path, self._arguments)
-
     async def close(self) -> None:
-        """Close what this backend opened; ready objects that it was given stay open."""
+        """Close what this object opened; what was asked for before is finished.
+
+        Ready objects that it was given stay open.
+        """
+        if not self._owned:
+            return
         for storage in self._closable:
             await storage.close()
         await self._gateway.close()
 
-    async def __aenter__(self) -> Self:
+    async def _open(self) -> None:
         if self._gateway.database.components:
             await self._gateway.open()
         for storage in self._closable:
-            await storage.__aenter__()
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        await self.close()
-
-    def __enter__(self) -> Self:
-        """Check and create the files where no loop runs."""
-        _refuse_loop(self)
-        for database in self._databases():
-            _shielded(partial(_drive, _DirectGateway(database).open))
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        _refuse_loop(self)
-        for database in self._databases():
-            _shielded(partial(database.shut, database.options.busy_timeout))
+            await storage._open()
 
     def _databases(self) -> list[_Database]:
         own = [self._gateway.database] if self._gateway.database.components else []
@@ -6626,13 +6609,8 @@ class AsyncSQLiteBackend:
             if stored is None:
                 raise TaskNotFoundError(task_id)
             return Task("gone", id=task_id), stored
-        if stored is not None and task.status in (
-            TaskStatus.COMPLETED,
-            TaskStatus.FAILED,
-        ):
-            # One of an earlier claim is of a round before a retry.
-            if stored.claim is None or stored.claim >= task.claims:
-                return task, stored
+        if stored is not None and _is_result_of(stored, task):
+            return task, stored
         return task, _result_of_row(task)
 
     async def _settle(self, task: Task) -> bool:
@@ -6726,18 +6704,29 @@ class AsyncSQLiteBackend:
         return findings
 
 
-def _check_part(name: str, part: object, method: str) -> object:
+_Shared = TypeVar("_Shared", _AsyncStorage, AsyncSQLiteBackend)
+
+
+def _share(original: _Shared) -> _Shared:
+    """Return an object over the same connections that does not close them."""
+    shared = object.__new__(type(original))
+    shared.__dict__.update(original.__dict__)
+    shared._owned = False
+    return shared
+
+
+def _check_part(part: object, cls: type[_AsyncStorage], method: str) -> object:
     """Return a ready object that was passed as a part, if it is async."""
     function = getattr(part, method, None)
-    fine = function is not None and (
+    if function and (
         inspect.iscoroutinefunction(function) or isinstance(part, _Unblocked)
+    ):
+        return part
+    name = {AsyncSQLiteEventStorage: "events", AsyncSQLiteResultStorage: "results"}
+    raise TypeError(
+        f"{name.get(cls, 'queue')} must be True, a path or an object of the same kind"
+        f" (async or blocking) with {method}(), not {type(part).__name__}"
     )
-    if not fine:
-        raise TypeError(
-            f"{name} must be True, a path or an async object with {method}(), not "
-            + type(part).__name__
-        )
-    return part
 
 
 def _give_back_pages(connection: sqlite3.Connection) -> int:
@@ -6774,6 +6763,8 @@ def _check_file(database: _Database, connection: sqlite3.Connection) -> list[Fin
         for component, version in missing:
             text = f"{component} tables are not at version {version}"
             findings.append(Finding("schema", "error", text))
+        for name in sorted(_missing_objects(connection, database.components)):
+            findings.append(Finding("schema", "error", f"{name} is missing"))
     except SchemaVersionError as error:
         findings.append(Finding("schema", "error", str(error)))
     with contextlib.suppress(OSError):
@@ -6784,15 +6775,37 @@ def _check_file(database: _Database, connection: sqlite3.Connection) -> list[Fin
     return findings
 
 
+def _missing_objects(
+    connection: sqlite3.Connection, components: Sequence[str]
+) -> set[str]:
+    """Return the names of tables, indexes and views that somebody dropped."""
+    statements = [s for c in components for step in MIGRATIONS[c] for s in step]
+    wanted = {_CREATED.findall(statement)[0] for statement in statements}
+    rows = connection.execute("SELECT name FROM main.sqlite_schema").fetchall()
+    return wanted - {name for (name,) in rows}
+
+
+_CREATED = re.compile(r"^CREATE [A-Z ]+ main\.(\w+)", re.MULTILINE)
+
+
+def _is_dead(pid: int) -> bool:
+    """Tell whether a process of this machine has ended, as far as one can see."""
+    if os.name != "posix":
+        return False
+    try:
+        os.kill(pid, 0)
+        status = Path(f"/proc/{pid}/stat").read_text()
+    except ProcessLookupError:
+        return True
+    except OSError:  # somebody else's, or a system without /proc
+        return False
+    return status.rpartition(") ")[2][:1] in ("Z", "X")  # ended, not yet reaped
+
+
 def _why_gone(worker: WorkerInfo, now: datetime) -> str | None:
     """Return why a worker counts as gone, or `None` if it seems to live."""
-    if worker.host == socket.gethostname() and os.name == "posix":
-        try:
-            os.kill(worker.pid, 0)
-        except ProcessLookupError:
-            return "is dead"
-        except PermissionError:
-            pass
+    if worker.host == socket.gethostname() and _is_dead(worker.pid):
+        return "is dead"
     silent = (now - worker.seen_at).total_seconds()
     if silent > _WORKER_STALE_AFTER:
         return f"was not seen for {silent:.0f} s"
@@ -6840,7 +6853,9 @@ def _url_options(url: str) -> dict[str, Any]:
         try:
             options[name] = _URL_OPTIONS[name](text)
         except ValueError:
-            _check(False, f"url option {name}", "a number", text)
+            raise ValueError(
+                f"url option {name} must be a number, not {text!r}"
+            ) from None
         if _URL_OPTIONS[name] is str and text.lower() in _BOOLEANS:
             options[name] = _BOOLEANS[text.lower()]
     if "allow_network_fs" in options:
@@ -6858,7 +6873,9 @@ def _backend_from_url(cls: Callable[..., Any], url: str, *, asynchronous: bool) 
 
 
 def _find_backend(scheme: str, url: str) -> Callable[..., Any]:
-    points = importlib.metadata.entry_points(group="omniq.backends")
+    from importlib.metadata import entry_points  # 20 ms that few need
+
+    points = entry_points(group="omniq.backends")
     for point in points:
         if point.name == scheme:
             return cast(Callable[..., Any], point.load())
@@ -6891,15 +6908,11 @@ def _part_from_url(part: str, url: str, queue_url: str, *, asynchronous: bool) -
     return True if _absolute(path) == _absolute(_url_path(queue_url)) else path
 
 
-class SQLiteBackend:
+class SQLiteBackend(_Twin[AsyncSQLiteBackend]):
     """Queue, results and events together; blocking twin of `AsyncSQLiteBackend`.
 
     The parameters are the same, except that ready objects are blocking ones.
     """
-
-    _token: anyio.lowlevel.EventLoopToken | None = None
-    _loop_thread = 0
-    _detached = False
 
     def __init__(
         self,
@@ -6918,74 +6931,45 @@ class SQLiteBackend:
         clock: Callable[[], float] = time.time,
         readers: int = DEFAULT_READERS,
     ) -> None:
-        given = {"queue": queue, "results": results, "events": events}
-        backend = AsyncSQLiteBackend(
-            path,
-            **{name: _unblocked_part(part) for name, part in given.items()},
-            result_ttl=result_ttl,
-            event_retention=event_retention,
-            synchronous=synchronous,
-            busy_timeout=busy_timeout,
-            serializer=serializer,
-            retention=retention,
-            allow_network_fs=allow_network_fs,
-            clock=clock,
-            readers=readers,
-        )
-        backend._use_directly()
-        self._set_up(backend, backend._arguments | given)
-
-    def _set_up(self, backend: AsyncSQLiteBackend, arguments: dict[str, Any]) -> None:
-        self._async = backend
-        self._arguments = arguments
-        given = {name: arguments[name] for name in ("queue", "results", "events")}
-        self._queue = _twin_of(SQLiteQueue, backend._queue, given["queue"])
-        self._results = _twin_of(
-            SQLiteResultStorage, backend._results, given["results"]
-        )
-        self._events = _twin_of(SQLiteEventStorage, backend._events, given["events"])
+        arguments = _arguments_of(locals())
+        parts = {"queue": queue, "results": results, "events": events}
+        awaited = {name: _unblocked_part(part) for name, part in parts.items()}
+        backend = AsyncSQLiteBackend(path, **(arguments | awaited))
+        self._set_up(backend, arguments)
+        self._events = _twin_of(SQLiteEventStorage, backend._events, events)
+        self._results = _twin_of(SQLiteResultStorage, backend._results, results)
+        self._queue = _twin_of(SQLiteQueue, backend._queue, queue)
+        if self._queue is not queue:
+            self._queue._arguments = self._queue._arguments | {"events": self._events}
 
     @classmethod
-    def from_async(cls, backend: AsyncSQLiteBackend) -> Self:
-        """Return a twin over a live async object, for threads beside its loop.
-
-        Call it where that loop runs; use the twin in any other thread. Closing it
-        leaves the async object open.
-        """
-        self = cls.__new__(cls)
-        self._token = _current_token()
-        self._loop_thread = threading.get_ident()
-        self._async = backend
-        self._arguments = backend._arguments
-        self._queue = SQLiteQueue.from_async(backend.queue)
-        self._results = backend.results and SQLiteResultStorage.from_async(
-            backend.results
+    def from_async(cls, storage: AsyncSQLiteBackend) -> Self:
+        """Return a twin over a live async object, for threads beside its loop."""
+        self = super().from_async(storage)
+        self._queue = SQLiteQueue.from_async(storage.queue)
+        self._results = storage.results and SQLiteResultStorage.from_async(
+            storage.results
         )
-        self._events = backend.events and SQLiteEventStorage.from_async(backend.events)
+        self._events = storage.events and SQLiteEventStorage.from_async(storage.events)
         return self
 
     def to_async(self) -> AsyncSQLiteBackend:
         """Return an async backend of the same arguments.
 
-        On ":memory:", or with ready objects, it shares the connections of this one.
+        On ":memory:", or with ready objects, it shares the connections of this one
+        and its `close()` leaves them open.
         """
         parts = (self._arguments[name] for name in ("queue", "results", "events"))
         ready = any(
             part is not None and not isinstance(part, (bool, str, os.PathLike))
             for part in parts
         )
-        if self._token is not None:
-            return self._async
-        if not ready and self.path != ":memory:":
+        if not ready and self.path != ":memory:" and self._token is None:
             return AsyncSQLiteBackend(self.path, **self._arguments)
-        shared = copy.copy(self._async)
-        shared._use_loops()
+        shared = _share(self._async)
+        if self._token is None:
+            shared._use_loops()
         return shared
-
-    @property
-    def path(self) -> str:
-        """The absolute path of the backend's file, or ":memory:"."""
-        return self._async.path
 
     @property
     def queue(self) -> SQLiteQueue:
@@ -7002,20 +6986,6 @@ class SQLiteBackend:
         """The event storage, or `None`."""
         return cast("SQLiteEventStorage | None", self._events)
 
-    def _run(
-        self,
-        method: Callable[P, Coroutine[Any, Any, T]],
-        *args: P.args,
-        **kwargs: P.kwargs,
-    ) -> T:
-        if self._token is None:
-            return _shielded(partial(_drive, method, *args, **kwargs))
-        if self._detached:
-            raise StorageClosedError(self.path)
-        return _run_in_loop(
-            self._token, self._loop_thread, partial(method, *args, **kwargs)
-        )
-
     @classmethod
     def from_url(cls, url: str) -> Any:
         """Make a backend from a URL, such as "sqlite:///jobs.db?events=true"."""
@@ -7025,38 +6995,6 @@ class SQLiteBackend:
     def from_env(cls) -> Any:
         """Make a backend from `OMNIQ_TASK_QUEUE_URL` and two optional variables."""
         return _backend_from_env(cls, asynchronous=False)
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.path!r})"
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        if self.path == ":memory:":
-            raise TypeError(f"{type(self).__name__} on ':memory:' cannot be pickled")
-        if self._token is not None:
-            raise TypeError(
-                f"{type(self).__name__} made by from_async() is of one loop"
-            )
-        return _rebuild, (type(self), self.path, self._arguments)
-
-    def close(self) -> None:
-        """Close what this backend opened; ready objects that it was given stay open."""
-        if self._token is not None:
-            self._detached = True
-        else:
-            self._run(self._async.close)
-
-    def __enter__(self) -> Self:
-        self._run(self._async.__aenter__)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    async def __aenter__(self) -> Self:
-        return await anyio.to_thread.run_sync(self.__enter__)
-
-    async def __aexit__(self, *_: object) -> None:
-        await anyio.to_thread.run_sync(self.close)
 
     def enqueue(self, task: Task, *, delay: float = 0.0) -> str:
         """Add a task and return its id, or the id of the live one with its key."""
@@ -7217,9 +7155,7 @@ class TaskFunction(Generic[P, T]):
         functools.update_wrapper(self, function)
         self.function = function
         self.name = name
-        self.is_async = inspect.iscoroutinefunction(
-            function
-        ) or inspect.iscoroutinefunction(getattr(function, "__call__", None))
+        self.is_async = inspect.iscoroutinefunction(function)
         self._options = options
         self._signature = inspect.signature(function)
         Task(name, **options)  # refuses a wrong option here and now
@@ -7314,9 +7250,6 @@ class TaskRegistry:
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._functions)
-
-    def __len__(self) -> int:
-        return len(self._functions)
 
     def __repr__(self) -> str:
         return f"<TaskRegistry {', '.join(self) or 'empty'}>"
@@ -7504,7 +7437,7 @@ class _Threads:
             try:
                 run.thread = threading.get_ident()
                 run.outcome = _Outcome(run.call())
-            except BaseException as error:  # noqa: BLE001 (SystemExit is a failure too)
+            except BaseException as error:  # noqa: BLE001 -- SystemExit is a failure too
                 run.outcome = _judge(error)
             self._leave(run)
         except TaskTimeout as error:  # between the function's last line and here
@@ -7515,7 +7448,7 @@ class _Threads:
     def _leave(self, run: _Run) -> None:
         run.thread = None
         if run.interrupt_at == math.inf and run.task.timeout is not None:
-            import ctypes  # noqa: PLC0415 (rare; costs import time)
+            import ctypes  # here, because it is rare and costs import time
 
             # Takes back a timeout that was raised too late to be delivered.
             ctypes.pythonapi.PyThreadState_SetAsyncExc(
@@ -7524,7 +7457,7 @@ class _Threads:
 
     def interrupt(self, run: _Run) -> bool:
         """Raise `TaskTimeout` in the thread of `run`; False: not at this moment."""
-        import ctypes  # noqa: PLC0415 (rare; costs import time)
+        import ctypes  # here, because it is rare and costs import time
 
         raise_in = ctypes.pythonapi.PyThreadState_SetAsyncExc
         ident = run.thread
@@ -7626,6 +7559,8 @@ class _Heartbeat:
         """Begin what is due for one run; the database may take its time."""
         if run.outcome is not None:
             run.interrupt_at = run.give_up_at = math.inf
+        if run.abandoned or run.lost:
+            run.extend_at = math.inf
         if run.extend_at <= now:
             run.extend_at = math.inf
             self._begin(self._extend(run))
@@ -7649,7 +7584,7 @@ class _Heartbeat:
             )
         except LeaseLostError:
             self._lose(run)
-        except Exception as error:  # noqa: BLE001 (a heartbeat never gives up)
+        except Exception as error:  # noqa: BLE001 -- a heartbeat never gives up
             logger.warning("cannot extend task %s: %s", run.task.id, error)
             run.extend_at = time.monotonic() + min(1.0, self._interval / 3)
         else:
@@ -7665,20 +7600,19 @@ class _Heartbeat:
             await self._backend.fail(run.task, error)
         except LeaseLostError:
             pass
-        except Exception as failure:  # noqa: BLE001 (as above)
+        except Exception as failure:  # noqa: BLE001 -- as above
             logger.warning("cannot fail task %s: %s", run.task.id, failure)
             run.give_up_at = time.monotonic() + 1.0
             self._woken.set()
             return
-        run.extend_at = math.inf
         self._on_give_up(run)
 
 
 def _own_copy(backend: AsyncBackend) -> tuple[AsyncBackend, bool]:
     """Return a backend with connections of its own, where it pickles; else itself."""
     try:
-        return pickle.loads(pickle.dumps(backend)), True  # noqa: S301 (our own bytes)
-    except Exception:  # noqa: BLE001 (another engine may fail in any way)
+        return pickle.loads(pickle.dumps(backend)), True  # noqa: S301 -- our own bytes
+    except Exception:  # noqa: BLE001 -- another engine may fail in any way
         return backend, False
 
 
@@ -7696,7 +7630,7 @@ class _Shift:
     def __init__(
         self,
         worker: AsyncWorker,
-        until_empty: bool,  # noqa: FBT001 (as it comes from `run`)
+        until_empty: bool,
         max_tasks: float,
         on_ready: Callable[[], object] = _nothing,
     ) -> None:
@@ -7710,7 +7644,7 @@ class _Shift:
         self._heartbeat = _Heartbeat(
             worker, self._runs, self._interrupt, self._lose, self._give_up
         )
-        self._loop = asyncio.get_running_loop()
+        self._loop = _running_loop()
         self._changed = asyncio.Event()
         self._claimer: asyncio.Task[None] | None = None
         self._stopped_at = math.inf
@@ -7746,6 +7680,7 @@ class _Shift:
         finally:
             cleaner.cancel()
             self._claimer.cancel()
+            await asyncio.wait({self._claimer, cleaner})
             await self._drain()
             self._note("worker %s stops", self._worker.name)
         if not self._claimer.cancelled():
@@ -7819,7 +7754,7 @@ class _Shift:
                 pause = 0.0
             except StorageClosedError:
                 raise
-            except Exception as error:  # noqa: BLE001 (the database may recover)
+            except Exception as error:  # noqa: BLE001 -- the database may recover
                 pause = _longer(pause)
                 logger.warning("cannot claim, next try in %.1f s: %s", pause, error)
                 await asyncio.sleep(pause)
@@ -7883,10 +7818,10 @@ class _Shift:
     async def _clean_now_and_then(self) -> None:
         while True:
             # Jitter, so that a fleet of workers does not clean up in step.
-            await asyncio.sleep(_CLEANUP_INTERVAL * random.uniform(0.75, 1.25))  # noqa: S311
+            await asyncio.sleep(_CLEANUP_INTERVAL * random.uniform(0.75, 1.25))
             try:
                 await self._worker.backend.cleanup()
-            except Exception as error:  # noqa: BLE001 (the next one may do better)
+            except Exception as error:  # noqa: BLE001 -- the next one may do better
                 logger.warning("cleanup failed: %s", error)
 
     # -- running -------------------------------------------------------------
@@ -7897,13 +7832,12 @@ class _Shift:
         now = time.monotonic()
         run = _Run(task, self._heartbeat, now, now + self._worker.lease / 3)
         self._runs.add(run)
+        self._free -= 1
         function = self._worker.tasks._functions.get(task.func)
         if function is None:
             run.outcome = self._refuse(run)
             run.job = self._loop.create_task(self._settle(run))
-            return
-        self._free -= 1
-        if self._is_fresh(task):
+        elif self._is_fresh(task):
             self._start(run, function)
         else:
             run.job = self._loop.create_task(self._confirm(run, function))
@@ -7924,8 +7858,6 @@ class _Shift:
             self._warn(run, "is left to its lease: %s", error)
             self._runs.discard(run)
             self._free_slot()
-            if not isinstance(error, OmniQError):
-                raise
         else:
             self._start(run, function)
 
@@ -7970,11 +7902,10 @@ class _Shift:
             run.outcome = _Outcome(await self._await(run, function))
         except asyncio.CancelledError as error:
             run.outcome = self._judge_cancelled(run, error)
-        except BaseException as error:  # noqa: BLE001 (SystemExit is a failure too)
+        except BaseException as error:  # noqa: BLE001 -- SystemExit is a failure too
             run.outcome = _judge(error)
         while run.job is not None and run.job.cancelling():
             run.job.uncancel()
-        self._free_slot()
         await self._settle(run)
 
     def _judge_cancelled(self, run: _Run, error: asyncio.CancelledError) -> _Outcome:
@@ -7987,7 +7918,6 @@ class _Shift:
 
     def _end_plain(self, run: _Run) -> None:
         run.job = self._loop.create_task(self._settle(run))
-        self._free_slot()
 
     def _free_slot(self) -> None:
         self._free += 1
@@ -8005,7 +7935,7 @@ class _Shift:
 
     def _lose(self, run: _Run) -> None:
         """Take note that a run is no longer ours. Called by the heartbeat."""
-        if run.outcome is None:  # else its outcome finds out
+        if run.outcome is None and not run.abandoned:  # else its outcome finds out
             run.lost = True
             self._warn(run, "has lost its lease while it runs")
             _call_soon(self._loop, self._cancel, run, "lost")
@@ -8031,7 +7961,12 @@ class _Shift:
     # -- settling ------------------------------------------------------------
 
     async def _settle(self, run: _Run) -> None:
-        """Write the outcome until it is written, or no longer ours to write."""
+        """Write the outcome until it is written, or no longer ours to write.
+
+        The slot is free now, not earlier: the outcome must be on its way before
+        the next claim is, or more would be claimed than there are slots.
+        """
+        self._free_slot()
         pause = 0.0
         try:
             while not (run.lost or run.abandoned):
@@ -8039,9 +7974,9 @@ class _Shift:
                     return await self._write(run)
                 except LeaseLostError:
                     return self._warn(run, "has lost its lease; its outcome is dropped")
-                except (TypeError, ValueError, RecursionError) as error:
-                    self._refuse_value(run, error)
-                except Exception as error:  # noqa: BLE001 (it may recover)
+                except StorageClosedError as error:
+                    return self._warn(run, "is left to its lease: %s", error)
+                except Exception as error:  # noqa: BLE001 -- it may recover
                     pause = _longer(pause)
                     self._warn(run, "cannot be settled yet: %s", error)
                     await asyncio.sleep(pause)
@@ -8049,25 +7984,26 @@ class _Shift:
             self._runs.discard(run)
             self._changed.set()
 
-    def _refuse_value(self, run: _Run, error: Exception) -> None:
-        """Fail a task whose result cannot be stored; again, it would be the same."""
-        assert run.outcome is not None
-        if run.outcome.error is not None:
-            raise error
-        run.outcome = _Outcome(error=error, retry=False)
-
     async def _write(self, run: _Run) -> None:
         backend, task, outcome = self._worker.backend, run.task, run.outcome
         assert outcome is not None
         if outcome.released:
             await backend.queue.release(task, delay=outcome.delay or 0.0)
         elif outcome.error is None:
-            await backend.complete(task, outcome.value)
+            await self._complete(run, outcome.value)
         else:
             status = await backend.fail(
                 task, outcome.error, retry=outcome.retry, delay=outcome.delay
             )
             self._report(run, status, outcome.error)
+
+    async def _complete(self, run: _Run, value: Any) -> None:
+        try:
+            await self._worker.backend.complete(run.task, value)
+        except (TypeError, ValueError, RecursionError) as error:
+            # The value cannot be stored, and at another try would be the same.
+            run.outcome = _Outcome(error=error, retry=False)
+            await self._write(run)
 
     def _report(self, run: _Run, status: TaskStatus, error: BaseException) -> None:
         if status == TaskStatus.FAILED:
@@ -8104,7 +8040,7 @@ class _Shift:
 
 def _longer(pause: float) -> float:
     """Return the next pause between tries: from 50 ms, doubled, with jitter."""
-    return min(max(0.05, pause * 2), _LONGEST_PAUSE) * random.uniform(0.8, 1.2)  # noqa: S311
+    return min(max(0.05, pause * 2), _LONGEST_PAUSE) * random.uniform(0.8, 1.2)
 
 
 class _Child:
@@ -8117,7 +8053,7 @@ class _Child:
     def __init__(
         self, make: Callable[[], AsyncWorker], name: str, terms: tuple[bool, float]
     ) -> None:
-        import multiprocessing  # noqa: PLC0415 (costs import time)
+        import multiprocessing  # here, because it costs import time
 
         spawn = multiprocessing.get_context("spawn")
         self.name = name
@@ -8143,9 +8079,10 @@ class _Child:
         return self._process.exitcode or 0
 
     def was_ready(self) -> bool:
-        with contextlib.suppress(OSError):
-            return self._pipe.poll()
-        return False
+        try:
+            return self._pipe.poll() and bool(self._pipe.recv())
+        except (EOFError, OSError):
+            return False
 
     def stop(self) -> None:
         with contextlib.suppress(OSError):
@@ -8217,21 +8154,24 @@ class _Crew:
         self._places = range(1, processes + 1)
         self._terms = terms
         self._children: set[_Child] = set()
-        self._loop = asyncio.get_running_loop()
+        self._loop = _running_loop()
         self._stopped = asyncio.Event()
         self._proven = False
 
     async def run(self) -> int:
         """Keep every place filled until stopped, or until the work is done."""
+        import multiprocessing.util  # noqa: F401 -- here, because it costs import time
+
         self._check_pickles()
-        atexit.register(self._dismiss)  # before `multiprocessing` joins them
+        # At exit it joins all children. What is registered later is called first.
+        atexit.register(self.stop)
         jobs = [asyncio.ensure_future(self._keep(place)) for place in self._places]
         try:
             await asyncio.gather(*jobs)
         finally:
             self._stop()
             await asyncio.wait(jobs)
-            atexit.unregister(self._dismiss)
+            atexit.unregister(self.stop)
         return 0
 
     def _check_pickles(self) -> None:
@@ -8260,10 +8200,6 @@ class _Crew:
             self._loop.call_later(self._worker.grace + 2 * _LAST_WRITES, self.kill)
         for child in self._children:
             child.stop()
-
-    def _dismiss(self) -> None:
-        for child in self._children:
-            child.close()
 
     async def _keep(self, place: int) -> None:
         """Keep one place filled, with a new name for each child in it."""
@@ -8316,7 +8252,7 @@ class _Crew:
             try:
                 await self._worker.backend.queue.reclaim(name)
                 return
-            except Exception as error:  # noqa: BLE001 (its leases end by themselves)
+            except Exception as error:  # noqa: BLE001 -- its leases end by themselves
                 logger.warning("cannot reclaim the tasks of %s: %s", name, error)
                 if self._stopped.is_set():
                     return
@@ -8381,8 +8317,7 @@ class AsyncWorker:
         _check_text("name", name, optional=True)
         self.backend = backend
         self.tasks = tasks
-        self.queues = (queues,) if isinstance(queues, str) else tuple(queues)
-        _check(bool(self.queues), "queues", "at least one name", queues)
+        self.queues = _queue_names(queues)
         self.concurrency = concurrency
         self.lease = lease
         self.grace = grace
@@ -8520,6 +8455,7 @@ class _ThreadedQueue:
 
     def __init__(self, blocking: TaskQueue) -> None:
         self._queue = blocking
+        self._orphan: asyncio.Future[None] | None = None
 
     async def dequeue_many(
         self,
@@ -8541,15 +8477,19 @@ class _ThreadedQueue:
             try:
                 tasks = await asyncio.shield(claim)
             except asyncio.CancelledError:
-                claim.add_done_callback(self._give_back)
+                self._orphan = asyncio.ensure_future(self._give_back(claim))
                 raise
             if tasks or time.monotonic() >= ends_at:
                 return tasks
 
-    def _give_back(self, claim: asyncio.Future[list[Task]]) -> None:
-        if not claim.cancelled() and claim.exception() is None:
-            for task in claim.result():
-                self._queue.release(task)
+    async def _give_back(self, claim: asyncio.Future[list[Task]]) -> None:
+        for task in await claim:
+            await self.release(task)
+
+    async def close(self) -> None:
+        """Await a claim that nobody waits for; leave the queue open."""
+        if self._orphan is not None:
+            await asyncio.wait({self._orphan})
 
     async def release(self, task: Task, *, delay: float = 0.0) -> None:
         await asyncio.to_thread(self._queue.release, task, delay=delay)
@@ -8599,6 +8539,7 @@ class _ThreadedBackend:
 
     async def close(self) -> None:
         """Leave the blocking backend open: it is the caller's."""
+        await self.queue.close()
 
 
 def _to_async(backend: Backend) -> AsyncBackend:
@@ -8653,11 +8594,7 @@ class Worker:
             wrap=wrap,
             lifespan=lifespan,
         )
-
-    @property
-    def name(self) -> str:
-        """The name under which `list_workers()` shows it."""
-        return self._async.name
+        self.name = self._async.name
 
     def run(
         self,
@@ -8723,7 +8660,7 @@ class Worker:
         def serve() -> None:
             try:
                 ended.put(_run_loop(work()))
-            except BaseException as error:  # noqa: BLE001 (raised in the caller)
+            except BaseException as error:  # noqa: BLE001 -- raised in the caller
                 ended.put(error)
 
         threading.Thread(target=serve, name=self.name, daemon=True).start()
@@ -8754,6 +8691,18 @@ class _CommandError(Exception):
     """A command cannot do what it was asked to; the text is the one line shown."""
 
 
+class _ReaderLeftError(Exception):
+    """Whoever read our output has seen enough (`| head`)."""
+
+
+def _say(text: str = "") -> None:
+    """Print a line of the output."""
+    try:
+        print(text)
+    except BrokenPipeError:
+        raise _ReaderLeftError from None
+
+
 def _escape(character: str) -> str:
     if "\udc80" <= character <= "\udcff":  # a byte of a file name that is not UTF-8
         return f"\\x{ord(character) - 0xDC00:02x}"
@@ -8765,6 +8714,22 @@ def _printable(text: str) -> str:
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else _escape(c) for c in text)
+
+
+def _quoted(name: str) -> str:
+    return f"'{_printable(name)}'"
+
+
+def _shell_word(text: str) -> str:
+    import shlex  # here, as below: only the command line pays for it
+
+    return shlex.quote(text)
+
+
+def _terminal_width(otherwise: int) -> int:
+    import shutil
+
+    return shutil.get_terminal_size((otherwise, 24)).columns
 
 
 def _columns_of(text: str) -> int:
@@ -8793,8 +8758,6 @@ def _show_value(value: object) -> str:
         return f"{value:,}"
     if isinstance(value, datetime):
         return value.astimezone().isoformat(" ", "milliseconds")[:23]
-    if isinstance(value, tuple):
-        return ", ".join(map(str, value))
     return str(value)
 
 
@@ -8808,7 +8771,7 @@ def _show_size(size: float) -> str:
 def _show_age(instant: datetime | None) -> str:
     """Return how long ago `instant` was."""
     if instant is None:
-        return "-"
+        return ""
     seconds = max(0.0, (_now() - instant).total_seconds())
     for unit, length in (("days", 86_400), ("h", 3_600), ("min", 60)):
         if seconds >= 2 * length:
@@ -8817,43 +8780,51 @@ def _show_age(instant: datetime | None) -> str:
 
 
 def _print_table(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    """Print a table that fits the terminal; the widest columns give way first.
+    """Print a table that fits the terminal, without the columns that are empty.
 
-    The first column is what gets copied into the next command, so it keeps the
-    32 characters of an id. Where there is no terminal, nothing is cut.
+    The widest columns give way first. The first one is what gets copied into the
+    next command: it keeps the 32 characters of an id while it can, as numbers
+    keep their digits. Where there is no terminal, nothing is cut.
     """
-    cells = [[_printable(_show_value(cell)) for cell in row] for row in rows]
-    widths = [
-        max(map(_columns_of, column)) for column in zip(headers, *cells, strict=True)
+    columns = [
+        _Column(header, cells)
+        for header, *cells in zip(headers, *rows, strict=True)
+        if any(cell not in (None, "") for cell in cells)
     ]
-    least = [min(widths[0], 32), *(min(width, 6) for width in widths[1:])]
-    space = shutil.get_terminal_size((1_000_000, 24)).columns
-    for _ in range(sum(widths) + 2 * len(widths) - 2 - space):
-        room = [(width, i) for i, width in enumerate(widths) if width > least[i]]
-        if room:
-            widths[max(room)[1]] -= 1
-    numbers = [
-        all(type(cell) is int for cell in column) for column in zip(*rows, strict=True)
-    ]
-    for line in [list(headers), *cells]:
-        _print_row(line, widths, numbers)
+    excess = sum(column.width + 2 for column in columns) - 2
+    excess -= _terminal_width(otherwise=1_000_000)
+    for first, others in ((32, 10), (32, 3), (8, 3)):
+        for column in columns:
+            least = first if column is columns[0] else others
+            column.least = max(least, column.digits)
+        while excess > 0 and (room := [c for c in columns if c.width > c.least]):
+            max(room, key=lambda column: column.width).width -= 1
+            excess -= 1
+    for line in zip(*(column.lines() for column in columns), strict=True):
+        _say("  ".join(line).rstrip())
 
 
-def _print_row(
-    cells: Sequence[str], widths: Sequence[int], numbers: Sequence[bool]
-) -> None:
-    padded = []
-    for cell, width, number in zip(cells, widths, numbers, strict=True):
-        text = _fit(cell, width)
-        space = " " * (width - _columns_of(text))
-        padded.append(space + text if number else text + space)
-    print("  ".join(padded).rstrip())
+class _Column:
+    """One column of a table, as wide as its widest cell until it gives way."""
+
+    def __init__(self, header: str, cells: Sequence[object]) -> None:
+        self.is_number = all(type(cell) is int for cell in cells)
+        self.cells = [header, *(_printable(_show_value(cell)) for cell in cells)]
+        self.width = max(map(_columns_of, self.cells))
+        self.digits = max(map(len, self.cells[1:])) if self.is_number else 0
+        self.least = 0
+
+    def lines(self) -> Iterator[str]:
+        for cell in self.cells:
+            text = _fit(cell, self.width)
+            space = " " * (self.width - _columns_of(text))
+            yield space + text if self.is_number else text + space
 
 
 def _print_facts(facts: Iterable[tuple[str, object]]) -> None:
     """Print names and values, a line each; a long value is shown whole."""
     for name, value in facts:
-        print(f"{name:<14} {_printable(_show_value(value))}")
+        _say(f"{name:<14} {_printable(_show_value(value))}")
 
 
 def _to_record(value: Any) -> dict[str, Any]:
@@ -8864,8 +8835,10 @@ def _to_record(value: Any) -> dict[str, Any]:
 def _to_field(value: Any) -> Any:
     if isinstance(value, datetime):
         return value.isoformat()
+    kind = type(value).__name__
     try:
-        return _encode(list(value) if isinstance(value, tuple) else value)
+        encoded = _encode(value)
+        return encoded["$tuple"] if kind == "tuple" else encoded
     except _Refused:  # somebody else wrote it: NaN, say
         return repr(value)
 
@@ -8873,12 +8846,12 @@ def _to_field(value: Any) -> Any:
 def _print_json(records: Iterable[Mapping[str, Any]]) -> None:
     """Print an object a line, in ASCII, which every terminal and pipe takes."""
     for record in records:
-        print(json.dumps(record))
+        _say(json.dumps(record))
 
 
 def _note(message: str) -> None:
     """Say something beside the output, which stays fit for a pipe."""
-    if sys.stderr is not None:
+    with contextlib.suppress(OSError):
         print(_printable(message), file=sys.stderr)
 
 
@@ -8902,10 +8875,15 @@ def _components(path: str) -> frozenset[str]:
     return database.retry(look)
 
 
-def _check_holds(path: str, component: str) -> None:
-    """Refuse a file without these tables, which opening it would create."""
-    if component not in _components(path):
-        raise _CommandError(f"{path!r} has no OmniQ table of {component}")
+def _check_holds(path: str, *components: str) -> frozenset[str]:
+    """Return what a file holds of ours; refuse it if that is none of these.
+
+    Opening it would create them.
+    """
+    found = _components(path)
+    if found.isdisjoint(components):
+        raise _CommandError(f"{path!r} has no OmniQ table of {' or '.join(components)}")
+    return found
 
 
 def _logs_events(options: argparse.Namespace) -> bool | None:
@@ -8918,9 +8896,12 @@ def _program() -> str:
     """Return how this program was started, as typed in a shell."""
     if __name__ != "__main__":
         return "omniq-sqlite"
-    if __spec__ is None:
-        return f"python {shlex.quote(sys.argv[0])}"
-    return f"python -m {__spec__.name}"
+    spec = sys.modules["__main__"].__spec__
+    return (
+        f"python {_shell_word(sys.argv[0])}"
+        if spec is None
+        else (f"python -m {spec.name}")
+    )
 
 
 # -- options --
@@ -8928,7 +8909,7 @@ def _program() -> str:
 
 def _parse_count(text: str) -> int:
     if not text.isascii() or not text.isdigit() or not 0 < int(text[:10]) < 10**9:
-        raise argparse.ArgumentTypeError(f"must be a number from 1, not {text!r}")
+        raise _CommandError(f"a count must be a number from 1, not {text!r}")
     return int(text)
 
 
@@ -8939,9 +8920,13 @@ def _parse_instant(text: str) -> datetime:
         if text[-1:] in units:
             return _now() - timedelta(seconds=float(text[:-1]) * units[text[-1]])
         return datetime.fromisoformat(text).astimezone()
-    except (ValueError, OverflowError):
+    except (ValueError, OverflowError, OSError):
         rule = "an instant such as 2026-01-31T12:00, or an age such as 90s, 10m, 2h, 7d"
-        raise argparse.ArgumentTypeError(f"must be {rule}, not {text!r}") from None
+        raise _CommandError(f"a time must be {rule}, not {text!r}") from None
+
+
+def _parse_names(text: str) -> list[str]:
+    return text.split(",")
 
 
 def _parse_value(text: str) -> Any:
@@ -8959,11 +8944,11 @@ def _refuse_constant(name: str) -> Any:
 def _parse_object(text: str) -> dict[str, Any]:
     value = _parse_value(text)
     if not isinstance(value, dict):
-        raise argparse.ArgumentTypeError(f"must be a JSON object, not {text!r}")
-    return value
+        raise _CommandError(f"--kwargs must be a JSON object, not {text!r}")
+    return cast("dict[str, Any]", value)
 
 
-_Command = Callable[[argparse.Namespace], int]
+_Command = Callable[["argparse.Namespace"], int]
 _Option = tuple[str, dict[str, Any]]
 
 # By name: the function, what its help says, an example, the options.
@@ -8991,7 +8976,7 @@ _JSON = _option("--json", "print an object a line", action="store_true")
 _QUEUE = _option("--queue", "only this queue")
 _EVENTS = _option(
     "--events",
-    "log events; without it they are logged where the file has some",
+    "log events, also if the file holds none so far",
     action="store_true",
 )
 
@@ -9007,7 +8992,7 @@ _demo_database = ""  # path of the database of the demo that this process is par
 
 
 @contextlib.contextmanager
-def _in_demo(path: str) -> Iterator[None]:
+def _in_demo(path: str) -> Generator[None]:
     """Note in this process which database its demo must not open as a file."""
     global _demo_database  # noqa: PLW0603 (a function of a task has nothing else)
     _demo_database = os.path.realpath(path)
@@ -9036,11 +9021,15 @@ def _version_of(status: os.stat_result) -> tuple[int, int, int]:
 
 
 def _file_id(path: str, version: tuple[int, int, int] | None) -> str:
+    import hashlib
+
     known = repr((os.fsencode(path), version)).encode()
     return hashlib.sha256(known).hexdigest()[:32]
 
 
 def _media_type(name: str) -> str:
+    import mimetypes
+
     # Not the bare name: "data:…" would be taken for a URL.
     kind, encoding = mimetypes.guess_type("./" + os.path.basename(name), strict=False)
     if encoding is not None:
@@ -9063,12 +9052,12 @@ async def _hash_file(name: str) -> tuple[str, os.stat_result]:
     Raises: `FileNotFoundError` for what is no regular file, `OSError` if it
     changed meanwhile.
     """
+    import hashlib
+
     listed = os.lstat(name)
     if not stat.S_ISREG(listed.st_mode) or _is_demo_database(name, listed):
         raise FileNotFoundError("no regular file any more")
-    with open(  # noqa: ASYNC230 (a worker of the demo does nothing beside)
-        name, "rb", buffering=0, opener=_open_regular
-    ) as file:
+    with io.FileIO(name, opener=_open_regular) as file:
         before = os.fstat(file.fileno())
         digest = hashlib.sha256()
         while chunk := file.read(_DEMO_READ):
@@ -9087,7 +9076,7 @@ async def _fingerprint(path: str) -> dict[str, Any]:
     try:
         digest, status = await _hash_file(path)
     except OSError as error:
-        reason = f"{error.strerror or error}: {_printable(path)!r}"
+        reason = f"{error.strerror or error}: {_quoted(path)}"
         if isinstance(error, (FileNotFoundError, NotADirectoryError, PermissionError)):
             # That will be no better in a second, so there is no other attempt.
             raise Reject(reason) from error
@@ -9103,26 +9092,45 @@ async def _fingerprint(path: str) -> dict[str, Any]:
     }
 
 
+class _Done(NamedTuple):
+    """A file that has a digest."""
+
+    key: str
+    """What `_file_id` returns for its path and the version that was read."""
+    size: int
+    worker: str
+    """Empty: it was done before this run."""
+
+
+def _done(result: TaskResult, worker: str) -> _Done:
+    value = result.value
+    version = value["inode"], value["size"], value["mtime_ns"]
+    return _Done(_file_id(value["path"], version), value["size"], worker)
+
+
 @dataclass
 class _Demo:
     """One run of the demo: what it queued, and what came of it."""
 
     backend: SQLiteBackend
     results: ResultStorage
-    ids: list[str] = field(default_factory=list)
-    done_before: int = 0
-    done_now: int = 0
-    bytes: int = 0
+    tasks: dict[str, str] = field(default_factory=dict[str, str])
+    """By id of a task that this run queued: the path of its file."""
+    done: dict[str, _Done] = field(default_factory=dict[str, _Done])
+    """By path."""
+    failed: dict[str, str] = field(default_factory=dict[str, str])
+    """By path of a file or folder: why, with the path."""
     retries: int = 0
-    workers: dict[str, list[int]] = field(default_factory=dict)
-    """By name: files and bytes."""
-    failures: dict[str, list[str]] = field(default_factory=dict)
-    """By reason: a line for each file."""
 
-    def fail(self, error: str, where: str = "") -> None:
-        error = error.removeprefix("Reject: ")
-        reason = error.partition(": '")[0].partition(': "')[0]  # without the name
-        self.failures.setdefault(reason, []).append(error + where)
+    def run(self, folder: str, processes: int) -> None:
+        """Fingerprint all files; again those that changed behind its back."""
+        for _ in range(3):
+            queued = self.queue_files(folder)
+            with self.progress(len(queued)):
+                self.work(processes)
+            self.collect(queued)
+            if not queued:
+                return
 
     # -- Queueing --
 
@@ -9139,32 +9147,37 @@ class _Demo:
                         elif entry.is_file(follow_symlinks=False):
                             yield entry
             except OSError as error:
-                self.fail(f"{error.strerror}: {path!r}")
+                self.failed[path] = f"{error.strerror}: {_quoted(path)}"
 
-    def queue_files(self, folder: str) -> None:
+    def queue_files(self, folder: str) -> list[str]:
         """Enqueue a task for every file under `folder` that has no result yet."""
+        before = len(self.tasks)
         entries = self.scan(folder)
         while chunk := list(itertools.islice(entries, _DEMO_CHUNK)):
             tasks = [task for entry in chunk if (task := self.task_of(entry))]
             self.add({task.id: task for task in tasks})
+        return list(itertools.islice(self.tasks, before, None))
 
     def task_of(self, entry: os.DirEntry[str]) -> Task | None:
-        """Return the task of a file, whose id follows from path and version.
+        """Return the task of a file, or `None` if there is nothing to do.
 
-        So of two runs beside each other the second adds neither what is under
-        way (the key) nor what was finished a moment ago (the id, which
-        `retention` keeps taken).
+        Its id follows from path and version. So of two runs beside each other the
+        second adds neither what is under way (the key) nor what was finished a
+        moment ago (the id, which `retention` keeps taken).
         """
-        version = None
+        path, version = entry.path, None
         with contextlib.suppress(OSError):  # vanished: its task will say so
             status = entry.stat(follow_symlinks=False)
-            if _is_demo_database(entry.path, status):
-                return None
             version = _version_of(status)
-        key = _file_id(entry.path, version)
+            if _is_demo_database(path, status):
+                return None
+        key = _file_id(path, version)
+        done = self.done.get(path)
+        if key in self.tasks or (done is not None and key == done.key):
+            return None
         return Task(
             "fingerprint",
-            (entry.path,),
+            (path,),
             queue=_DEMO_QUEUE,
             max_attempts=5,
             retry_delay=0.2,
@@ -9176,29 +9189,33 @@ class _Demo:
         """Enqueue what has no result yet, and what has failed again."""
         while tasks:
             for task_id, result in self.results.get_many(tasks).items():
-                del tasks[task_id]
+                task = tasks.pop(task_id)
                 if result.status is ResultStatus.SUCCESS:
-                    self.done_before += 1
-                    self.bytes += result.value["size"]
+                    self.done[task.args[0]] = _done(result, worker="")
                 else:
-                    self.retry(task_id)
+                    self.backend.queue.retry(task_id)
+                    self.tasks[task_id] = task.args[0]
             try:
-                self.ids += self.backend.enqueue_many(tasks.values())
-                tasks = {}
+                ids = self.backend.enqueue_many(tasks.values())
             except DuplicateTaskError as error:
-                # Another run has just finished it, or somebody has cancelled it.
-                del tasks[error.task_id]
-                self.retry(error.task_id)
+                self.add_again(tasks, tasks.pop(error.task_id))
+                continue
+            paths = (task.args[0] for task in tasks.values())
+            self.tasks.update(zip(ids, paths, strict=True))
+            return
 
-    def retry(self, task_id: str) -> None:
-        with contextlib.suppress(DuplicateTaskError):  # it runs under another id
-            self.backend.queue.retry(task_id)
-        self.ids.append(task_id)
+    def add_again(self, tasks: dict[str, Task], task: Task) -> None:
+        """Enqueue what another run has just finished, or somebody has cancelled."""
+        if self.results.get(task.id) or self.backend.queue.retry(task.id):
+            self.tasks[task.id] = task.args[0]
+        else:  # it was done, but its result was deleted
+            task = replace(task, id=new_id())
+            tasks[task.id] = task
 
     # -- Working --
 
     def stats(self) -> QueueStats:
-        found = (stats for stats in self.backend.queue.stats())
+        found = self.backend.queue.stats()
         ours = (stats for stats in found if stats.queue == _DEMO_QUEUE)
         return next(ours, QueueStats(_DEMO_QUEUE))
 
@@ -9211,7 +9228,10 @@ class _Demo:
 
         What another run has claimed is waited for; should it die, it is ours.
         """
-        while self.count_left():
+        for info in self.backend.queue.list_workers():
+            if info.queues == (_DEMO_QUEUE,) and _why_gone(info, _now()):
+                self.backend.queue.reclaim(info.name)
+        while left := self.count_left():
             stats = self.stats()
             if stats.paused:
                 raise _CommandError(f"the queue {_DEMO_QUEUE!r} is paused")
@@ -9223,7 +9243,8 @@ class _Demo:
                 self.backend,
                 _demo_tasks,
                 queues=[_DEMO_QUEUE],
-                concurrency=16,
+                # Many are quick together, but a few large files want all processes.
+                concurrency=max(1, min(16, left // (4 * processes))),
                 lease=10.0,
                 grace=0.5,
                 lifespan=partial(_in_demo, _demo_database),
@@ -9232,13 +9253,13 @@ class _Demo:
             worker.run(until_empty=True, processes=processes, signals=False)
 
     @contextlib.contextmanager
-    def progress(self) -> Iterator[None]:
+    def progress(self, total: int) -> Generator[None]:
         """Show on a terminal how far it is."""
-        if sys.stderr is None or not sys.stderr.isatty():
+        if total == 0 or sys.stderr is None or not sys.stderr.isatty():
             yield
             return
         over = threading.Event()
-        thread = threading.Thread(target=self.show_progress, args=(over,), daemon=True)
+        thread = threading.Thread(target=self.show_progress, args=(total, over))
         thread.start()
         try:
             yield
@@ -9246,98 +9267,101 @@ class _Demo:
             over.set()
             thread.join()
 
-    def show_progress(self, over: threading.Event) -> None:
-        width = shutil.get_terminal_size().columns - 1
-        started, total = time.monotonic(), len(self.ids)
+    def show_progress(self, total: int, over: threading.Event) -> None:
+        width = _terminal_width(otherwise=80) - 1
+        started = time.monotonic()
         while not over.wait(0.25):
             done = max(0, total - self.count_left())
             rate = done / (time.monotonic() - started)
             left = f"{(total - done) / rate:,.0f} s left" if done else ""
-            line = f"{done:,} of {total:,} files  {rate:,.0f} files/s  {left}"
+            line = f"{done:,} of {total:,} files  {rate:,.1f} files/s  {left}"
             print("\r" + line[:width].ljust(width), end="", file=sys.stderr, flush=True)
         print("\r" + " " * width + "\r", end="", file=sys.stderr, flush=True)
 
     # -- Reporting --
 
-    def collect(self) -> None:
-        """Add up the results of this run."""
-        for start in range(0, len(self.ids), _DEMO_CHUNK):
-            ids = self.ids[start : start + _DEMO_CHUNK]
-            results = self.results.get_many(ids)
-            for task_id in ids:
-                self.count(task_id, results.get(task_id) or self.result_of(task_id))
+    def collect(self, ids: Sequence[str]) -> None:
+        """Look at the results of tasks that this run queued."""
+        for start in range(0, len(ids), _DEMO_CHUNK):
+            chunk = ids[start : start + _DEMO_CHUNK]
+            results = self.results.get_many(chunk)
+            for task_id in chunk:
+                self.note(task_id, results.get(task_id))
 
-    def result_of(self, task_id: str) -> TaskResult | None:
-        """Return how a task ended that stored no result: cancelled, say."""
-        with contextlib.suppress(TaskNotFoundError, TimeoutError):
-            return self.backend.result(task_id, timeout=0.0)
-        return None
-
-    def count(self, task_id: str, result: TaskResult | None) -> None:
-        if result is not None:
-            self.retries += max(0, (result.attempt or 1) - 1)
-        if result is None or result.status is not ResultStatus.SUCCESS:
-            error = (result.error if result else None) or "no result"
-            self.fail(error, f" (task {task_id})")
+    def note(self, task_id: str, result: TaskResult | None) -> None:
+        path = self.tasks[task_id]
+        if result is None:  # it was cancelled, or its workers died
+            with contextlib.suppress(TaskNotFoundError, TimeoutError):
+                result = self.backend.result(task_id, timeout=0.0)
+        self.retries += max(0, ((result and result.attempt) or 1) - 1)
+        if result is None or not result.value:
+            error = ((result and result.error) or "no result").removeprefix("Reject: ")
+            named = error if _quoted(path) in error else f"{error}: {_quoted(path)}"
+            self.failed[path] = f"{named} (task {task_id})"
             return
-        value = result.value
-        share = self.workers.setdefault(result.worker or "-", [0, 0])
-        share[0] += 1
-        share[1] += value["size"]
-        self.done_now += 1
-        self.bytes += value["size"]
-        version = value["inode"], value["size"], value["mtime_ns"]
-        # It changed before it was read: the next run looks for what it was then.
-        current = _file_id(value["path"], version)
-        if current != task_id:
-            self.results.store(replace(result, task_id=current))
+        self.failed.pop(path, None)
+        done = self.done[path] = _done(result, result.worker or "-")
+        if task_id != done.key:
+            # It changed before it was read: that is what the next run looks for.
+            self.results.store(replace(result, task_id=done.key))
 
     def report(self, seconds: float) -> int:
         """Print what came of it; return the exit status."""
-        failed = sum(map(len, self.failures.values()))
+        now = sum(bool(done.worker) for done in self.done.values())
         _print_facts(
             [
-                ("files", self.done_before + self.done_now + failed),
-                ("  done before", self.done_before),
-                ("  done now", self.done_now),
-                ("  failed", failed),
-                ("bytes", f"{self.bytes:,}"),
+                ("files", len(self.done) + len(self.failed)),
+                ("  done before", len(self.done) - now),
+                ("  done now", now),
+                ("  failed", len(self.failed)),
+                ("bytes", f"{sum(done.size for done in self.done.values()):,}"),
                 ("seconds", f"{seconds:,.2f}"),
-                ("tasks/s", f"{len(self.ids) / seconds:,.0f}"),
+                ("tasks/s", f"{len(self.tasks) / seconds:,.0f}"),
                 ("retries", self.retries),
             ]
         )
-        self.report_details()
-        return 1 if failed else 0
+        self.report_workers()
+        self.report_failures()
+        return 1 if self.failed else 0
 
-    def report_details(self) -> None:
-        if self.workers:
-            shares = sorted(self.workers.items())
-            rows = [(name, files, _show_size(size)) for name, (files, size) in shares]
-            print()
-            _print_table(["worker", "files", "size"], rows)
-        if self.failures:
-            reasons = [(why, len(lines)) for why, lines in self.failures.items()]
-            print()
-            _print_table(["failed because of", "files"], reasons)
-        for lines in self.failures.values():
-            print()
-            for line in lines[:20]:
-                print(_printable(line))
-            if len(lines) > 20:
-                print(f"and {len(lines) - 20:,} more")
+    def report_workers(self) -> None:
+        shares: dict[str, list[int]] = {}
+        for done in self.done.values():
+            if done.worker:
+                shares.setdefault(done.worker, []).append(done.size)
+        rows = [(w, len(sizes), _show_size(sum(sizes))) for w, sizes in shares.items()]
+        if rows:
+            _say()
+            _print_table(["worker", "files", "size"], sorted(rows))
+
+    def report_failures(self) -> None:
+        lines = list(self.failed.values())
+        reasons = collections.Counter(line.partition(": '")[0] for line in lines)
+        if lines:
+            _say()
+            _print_table(["failed because of", "files"], reasons.most_common())
+            _say()
+        for line in lines[:50]:
+            _say(_printable(line))
+        if len(lines) > 50:
+            _say(f"and {len(lines) - 50:,} more: see the failed tasks")
+
+
+def _interrupt(*_: object) -> None:
+    """Treat another signal as Ctrl-C."""
+    signal.raise_signal(signal.SIGINT)
 
 
 def _print_next_commands(path: str) -> None:
-    print(f"\ndatabase: {_printable(os.path.realpath(path))}\nlook into it:")
-    file = shlex.quote(path)
+    _say(f"\ndatabase: {_printable(os.path.realpath(path))}\nlook into it:")
+    file = _shell_word(path)
     for command in (
         f"stats {file}",
         f"list {file} --status failed",
         f"show {file} TASK_ID",
         f"events {file} --follow",
     ):
-        print(_printable(f"  {_program()} {command}"))
+        _say(_printable(f"  {_program()} {command}"))
 
 
 @_command(
@@ -9369,6 +9393,7 @@ def _run_demo(options: argparse.Namespace) -> int:
         raise _CommandError(f"there is no folder {options.folder!r}")
     started = time.monotonic()
     with (
+        _handling(_interrupt, [signal.SIGTERM]),
         _in_demo(options.db),
         SQLiteBackend(
             options.db, events=True, result_ttl=None, retention=7 * 86_400.0
@@ -9376,13 +9401,10 @@ def _run_demo(options: argparse.Namespace) -> int:
     ):
         demo = _Demo(backend, cast(ResultStorage, backend.results))
         try:
-            demo.queue_files(os.path.realpath(options.folder))
-            with demo.progress():
-                demo.work(options.workers)
+            demo.run(os.path.realpath(options.folder), options.workers)
         except KeyboardInterrupt:
             _note(f"stopped, {demo.count_left():,} files left; run it again to go on")
             raise
-        demo.collect()
         status = demo.report(time.monotonic() - started)
     _print_next_commands(options.db)
     return status
@@ -9403,9 +9425,10 @@ def _import_registry(name: str) -> Any:
         for part in attribute.split("."):
             found = getattr(found, part)
     except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
         last = traceback.extract_tb(error.__traceback__)[-1]
-        where = f"{os.path.basename(last.filename)}, line {last.lineno}"
-        reason = f"{type(error).__name__}: {error} ({where})"
+        if last.filename != __file__ and os.path.exists(last.filename):
+            reason += f" ({os.path.basename(last.filename)}, line {last.lineno})"
         raise _CommandError(f"cannot import {name!r}: {reason}") from error
     return found
 
@@ -9420,11 +9443,12 @@ def _module_of(registry: object, name: str) -> Any:
     for base in type(registry).__mro__:
         if base.__name__ == "TaskRegistry":
             return sys.modules[base.__module__]
-    raise _CommandError(f"{name!r} is a {type(registry).__name__}, not a TaskRegistry")
+    kind = type(registry).__name__
+    raise _CommandError(f"{name!r} is of type {kind}, not a TaskRegistry")
 
 
 @contextlib.contextmanager
-def _log_to_terminal(level: str) -> Iterator[None]:
+def _log_to_terminal(level: str) -> Generator[None]:
     """Show this process's log on standard error."""
     form = "%(asctime)s %(process)d %(levelname)s %(name)s: %(message)s"
     logging.basicConfig(level=level.upper(), format=form)
@@ -9433,7 +9457,7 @@ def _log_to_terminal(level: str) -> Iterator[None]:
 
 def _given(options: argparse.Namespace, *names: str) -> dict[str, Any]:
     """Return the options that were given; the others keep the library's default."""
-    values = {name: getattr(options, name) for name in names}
+    values: dict[str, Any] = {name: getattr(options, name) for name in names}
     return {name: value for name, value in values.items() if value is not None}
 
 
@@ -9448,7 +9472,7 @@ def _given(options: argparse.Namespace, *names: str) -> dict[str, Any]:
         "--queues",
         "in order of preference",
         metavar="A,B",
-        type=lambda text: text.split(","),
+        type=_parse_names,
     ),
     _option("--concurrency", "tasks at once", metavar="N", type=_parse_count),
     _option("--processes", "child processes", metavar="N", type=_parse_count),
@@ -9515,7 +9539,7 @@ def _run_enqueue(options: argparse.Namespace) -> int:
     task = Task(options.func, tuple(map(_parse_value, options.args)), **terms)
     with SQLiteBackend(options.file, events=_logs_events(options)) as backend:
         task_id = backend.enqueue(task, delay=options.delay)
-    print(_printable(task_id))
+    _say(_printable(task_id))
     if task_id != task.id:
         _note(f"nothing added: this task holds the key {task.unique_key!r}")
     return 0
@@ -9540,7 +9564,7 @@ def _run_stats(options: argparse.Namespace) -> int:
         headers = ["queue", *TaskStatus, "paused", "oldest"]
         _print_table(headers, list(map(_row_of_queue, queues)))
     if queues and workers:
-        print()
+        _say()
     if workers:
         headers = ["worker", "host", "pid", "queues", "running", "seen"]
         _print_table(headers, list(map(_row_of_worker, workers)))
@@ -9549,12 +9573,13 @@ def _run_stats(options: argparse.Namespace) -> int:
 
 def _row_of_queue(stats: QueueStats) -> list[object]:
     depth = [getattr(stats, status) for status in TaskStatus]
-    return [stats.queue, *depth, stats.paused, _show_age(stats.oldest_pending_at)]
+    age = _show_age(stats.oldest_pending_at)
+    return [stats.queue, *depth, stats.paused or None, age]
 
 
 def _row_of_worker(w: WorkerInfo) -> list[object]:
     seen = _show_age(w.seen_at)
-    return [w.name, w.host, str(w.pid), w.queues, w.running, seen]
+    return [w.name, w.host, str(w.pid), ", ".join(w.queues), w.running, seen]
 
 
 # -- list --
@@ -9588,25 +9613,18 @@ def _run_list(options: argparse.Namespace) -> int:
     if options.json:
         _print_json(map(_to_record, shown))
     else:
-        headers = ["id", "status", "queue", "function", "try", "age", "arguments"]
-        _print_table([*headers, "error"], list(map(_row_of_task, shown)))
+        headers = ["id", "status", "queue", "try", "age", "call", "error"]
+        _print_table(headers, list(map(_row_of_task, shown)))
     if len(tasks) > len(shown):
         _note(f"there are more than {len(shown):,}: see --limit and --offset")
     return 0
 
 
 def _row_of_task(task: Task) -> list[object]:
-    call = [*map(repr, task.args), *(f"{k}={v!r}" for k, v in task.kwargs.items())]
-    return [
-        task.id,
-        task.status,
-        task.queue,
-        task.func,
-        task.attempt,
-        _show_age(task.created_at),
-        _shorten(", ".join(call), 200),
-        _shorten(task.error or "", 200),
-    ]
+    values = [*map(repr, task.args), *(f"{k}={v!r}" for k, v in task.kwargs.items())]
+    call = _shorten(f"{task.func}({', '.join(values)})", 200)
+    age, error = _show_age(task.created_at), _shorten(task.error or "", 200)
+    return [task.id, task.status, task.queue, task.attempt, age, call, error]
 
 
 # -- show --
@@ -9621,7 +9639,7 @@ def _row_of_task(task: Task) -> list[object]:
 )
 def _run_show(options: argparse.Namespace) -> int:
     """Show the whole life of a task: payload, attempts, events, result, traceback."""
-    found = _components(options.file)
+    found = _check_holds(options.file, "queue", "results", "events")
     task, result, events = None, None, list[TaskEvent]()
     if "queue" in found:
         with SQLiteQueue(options.file) as queue:
@@ -9650,17 +9668,17 @@ def _print_life(
     task: Task | None, result: TaskResult | None, events: Sequence[TaskEvent]
 ) -> None:
     if task is not None:
-        print("task")
+        _say("TASK")
         _print_facts(_facts_of(task))
     if events:
-        print("\nevents")
+        _say("\nEVENTS" if task else "EVENTS")
         rows = [(e.at, e.type, e.worker, e.message) for e in events]
         _print_table(["at", "event", "worker", "message"], rows)
     if result is not None:
-        print("\nresult")
+        _say("\nRESULT" if task or events else "RESULT")
         _print_facts(_facts_of(result))
         for line in (result.traceback or "").splitlines():
-            print(_printable(line))
+            _say(_printable(line))
 
 
 def _facts_of(value: Task | TaskResult) -> Iterator[tuple[str, object]]:
@@ -9729,7 +9747,7 @@ def _print_event(event: TaskEvent, options: argparse.Namespace) -> None:
     else:
         parts = (event.at, event.type, event.queue, event.task_id, event.worker)
         line = "  ".join(map(_show_value, parts))
-        print(_printable(f"{line}  {event.message}".rstrip()))
+        _say(_printable(f"{line}  {event.message}".rstrip()))
     if options.follow:
         sys.stdout.flush()
 
@@ -9738,6 +9756,8 @@ def _print_event(event: TaskEvent, options: argparse.Namespace) -> None:
 
 
 def _build_parser() -> argparse.ArgumentParser:
+    import argparse
+
     parser = argparse.ArgumentParser(
         prog=_program(),
         description="A task queue in one SQLite file.",
@@ -9769,36 +9789,48 @@ def main(argv: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a name may not fit its encoding
             stream.reconfigure(errors="backslashreplace")
+    status = 0
     try:
-        options = _build_parser().parse_args(argv)
-        status: int = options.run(options)
-        if sys.stdout is not None:
-            sys.stdout.flush()
+        status = _run_command(argv)
+        _flush()
+    except _ReaderLeftError:
+        _discard_output()
     except KeyboardInterrupt:
-        return 130
-    except SystemExit as ending:  # argparse: help or usage
-        return ending.code if isinstance(ending.code, int) else 2
-    except Exception as error:  # noqa: BLE001 (never a traceback)
-        return _end_with(error)
+        status = 130
+    except Exception as error:  # never a traceback
+        logger.debug("the command failed", exc_info=True)
+        text = str(error)
+        if not isinstance(error, (OmniQError, OSError, ValueError, _CommandError)):
+            text = f"{type(error).__name__}: {text}"
+        _discard_output()
+        _note(f"{_program()}: {text}")
+        status = 2
     return status
 
 
-def _end_with(error: Exception) -> int:
-    """Say in one line what went wrong; a reader that has seen enough is no error."""
-    logger.debug("the command failed", exc_info=error)
+def _run_command(argv: Sequence[str] | None) -> int:
+    try:
+        options = _build_parser().parse_args(argv)
+    except SystemExit as ending:  # help, or wrong usage
+        return 2 if ending.code else 0
+    status: int = options.run(options)
+    return status
+
+
+def _flush() -> None:
     try:
         if sys.stdout is not None:
             sys.stdout.flush()
-    except OSError as problem:
-        # What is still buffered would fail once more when the interpreter ends.
+    except BrokenPipeError:
+        raise _ReaderLeftError from None
+
+
+def _discard_output() -> None:
+    """Let what is still buffered not fail once more when the interpreter ends."""
+    try:
+        _flush()
+    except (OSError, _ReaderLeftError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if isinstance(problem, BrokenPipeError):
-            return 0
-    text = str(error)
-    if not isinstance(error, (OmniQError, OSError, ValueError, _CommandError)):
-        text = f"{type(error).__name__}: {text}"
-    _note(f"{_program()}: {text}")
-    return 2
 
 
 if __name__ == "__main__":

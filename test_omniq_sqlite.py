@@ -1,0 +1,10202 @@
+"""The test suite: the contract on both twins, then attacks, worker, commands, README."""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import contextlib
+import contextvars
+import dataclasses
+import enum
+import gzip
+import hashlib
+import http
+import importlib.util
+import inspect
+import itertools
+import json
+import logging
+import multiprocessing
+import os
+import pickle
+import pty
+import re
+import shutil
+import signal
+import sqlite3
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+import types
+from collections import Counter
+from collections.abc import (
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Collection,
+    Generator,
+    Iterator,
+    Mapping,
+    Sequence,
+)
+from dataclasses import dataclass, field
+from datetime import UTC, date, datetime, timedelta, timezone
+from datetime import time as clock_time
+from decimal import Decimal
+from functools import partial
+from pathlib import Path
+from typing import Any, NoReturn, cast
+from uuid import UUID
+from zoneinfo import ZoneInfo
+
+import aiosqlite
+import anyio
+import pytest
+import trio
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import omniq_sqlite
+from omniq_sqlite import (
+    AsyncSQLiteBackend,
+    AsyncSQLiteEventStorage,
+    AsyncSQLiteQueue,
+    AsyncSQLiteResultStorage,
+    AsyncWorker,
+    CorruptDatabaseError,
+    DatabaseBusyError,
+    DatabaseFullError,
+    DatabaseReplacedError,
+    DuplicateTaskError,
+    EventType,
+    Finding,
+    LeaseLostError,
+    NetworkFilesystemError,
+    OmniQError,
+    QueueStats,
+    ReadOnlyDatabaseError,
+    Reject,
+    ResultStatus,
+    Retry,
+    SchemaVersionError,
+    SerializationError,
+    SQLiteBackend,
+    SQLiteEventStorage,
+    SQLiteQueue,
+    SQLiteResultStorage,
+    StorageClosedError,
+    Task,
+    TaskEvent,
+    TaskNotFoundError,
+    TaskRegistry,
+    TaskResult,
+    TaskStatus,
+    TaskTimeout,
+    UnknownTaskError,
+    UnsupportedSQLiteError,
+    Worker,
+    WorkerInfo,
+    current_task,
+    main,
+    progress,
+)
+
+pytestmark = pytest.mark.anyio
+
+DEADLINE = 20.0
+"""Seconds after which something that should have ended fails its test."""
+
+NOW = 1_800_000_000.0
+"""What the clock of every test says at its start: 2027-01-15 08:00:00 UTC."""
+
+NAIVE = datetime.fromisoformat("2026-01-01T12:00:00")
+
+KINDS = ("Queue", "ResultStorage", "EventStorage", "Backend")
+
+
+def at(seconds: float) -> datetime:
+    """Return the instant that many seconds after the start of the test."""
+    return datetime(2027, 1, 15, 8, tzinfo=UTC) + timedelta(seconds=seconds)
+
+
+class Clock:
+    """A time of day that moves when a test says so."""
+
+    def __init__(self) -> None:
+        self.now = NOW
+
+    def __call__(self) -> float:
+        return self.now
+
+    def advance(self, seconds: float) -> None:
+        self.now += seconds
+
+
+async def call(method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Call a method of either twin; a blocking one runs inside the loop."""
+    outcome = method(*args, **kwargs)
+    return await outcome if inspect.isawaitable(outcome) else outcome
+
+
+async def aside(method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Call a method of either twin while the loop goes on, with a deadline."""
+    if inspect.iscoroutinefunction(method):
+        return await asyncio.wait_for(method(*args, **kwargs), DEADLINE)
+    future: concurrent.futures.Future[Any] = concurrent.futures.Future()
+
+    def run() -> None:
+        try:
+            future.set_result(method(*args, **kwargs))
+        except BaseException as error:  # noqa: BLE001 -- delivered to who awaits
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return await asyncio.wait_for(asyncio.wrap_future(future), DEADLINE)
+
+
+def pickled(thing: Any) -> Any:
+    """Return what another process would get."""
+    return pickle.loads(pickle.dumps(thing))  # noqa: S301 -- our own bytes
+
+
+def started(awaitable: Awaitable[Any]) -> asyncio.Future[Any]:
+    return asyncio.ensure_future(awaitable)
+
+
+async def settled_in() -> None:
+    """Give what was started aside the time to begin its wait."""
+    await asyncio.sleep(0.03)
+
+
+class Api:
+    """One family of classes, so that a test is written once for both twins."""
+
+    def __init__(self, form: str, folder: Path, clock: Clock) -> None:
+        self.is_async = form == "async"
+        self.folder = folder
+        self.path = folder / "jobs.db"
+        self.clock = clock
+        self._opened: list[Any] = []
+
+    def get_class(self, kind: str) -> Any:
+        prefix = "AsyncSQLite" if self.is_async else "SQLite"
+        return getattr(omniq_sqlite, prefix + kind)
+
+    def make(self, kind: str, path: Any = None, **options: Any) -> Any:
+        options.setdefault("clock", self.clock)
+        made = self.get_class(kind)(self.path if path is None else path, **options)
+        self._opened.append(made)
+        return made
+
+    def queue(self, path: Any = None, **options: Any) -> Any:
+        return self.make("Queue", path, **options)
+
+    def results(self, path: Any = None, **options: Any) -> Any:
+        return self.make("ResultStorage", path, **options)
+
+    def events(self, path: Any = None, **options: Any) -> Any:
+        return self.make("EventStorage", path, **options)
+
+    def backend(self, path: Any = None, **options: Any) -> Any:
+        return self.make("Backend", path, **options)
+
+    def keep(self, made: Any) -> Any:
+        """Have `made` closed at the end of the test."""
+        self._opened.append(made)
+        return made
+
+    async def close(self) -> None:
+        for made in reversed(self._opened):
+            await call(made.close)
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture(params=["async", "blocking"])
+async def api(
+    request: pytest.FixtureRequest, tmp_path: Path, clock: Clock
+) -> AsyncIterator[Api]:
+    made = Api(request.param, tmp_path, clock)
+    yield made
+    await made.close()
+
+
+@pytest.fixture
+def queue(api: Api) -> Any:
+    return api.queue()
+
+
+@pytest.fixture
+def results(api: Api) -> Any:
+    return api.results()
+
+
+@pytest.fixture
+def events(api: Api) -> Any:
+    return api.events()
+
+
+@pytest.fixture
+def backend(api: Api) -> Any:
+    return api.backend(events=True)
+
+
+async def claim(queue: Any, *args: Any, **kwargs: Any) -> Task:
+    task = await call(queue.dequeue, *args, **kwargs)
+    assert isinstance(task, Task), "there was nothing to claim"
+    return task
+
+
+async def claim_names(queue: Any, *args: Any, **kwargs: Any) -> list[str]:
+    """Claim everything that can be claimed; return the functions in order."""
+    names = []
+    while task := await call(queue.dequeue, *args, **kwargs):
+        names.append(task.func)
+    return names
+
+
+async def get(queue: Any, task_id: str) -> Task:
+    task = await call(queue.get_task, task_id)
+    assert isinstance(task, Task)
+    return task
+
+
+async def get_status(queue: Any, task_id: str) -> str:
+    return str((await get(queue, task_id)).status)
+
+
+async def get_types(events: Any, **filters: Any) -> list[str]:
+    return [str(event.type) for event in await call(events.query, **filters)]
+
+
+async def make_failed(queue: Any, task: Task) -> str:
+    task_id: str = await call(queue.enqueue, task)
+    await call(queue.fail, await claim(queue, task.queue), "no", retry=False)
+    return task_id
+
+
+async def take(following: Any, number: int) -> list[Any]:
+    """Read `number` events of a `follow()` of either twin, with a deadline."""
+    if hasattr(following, "__anext__"):
+
+        async def read() -> list[Any]:
+            return [await anext(following) for _ in range(number)]
+
+        return await asyncio.wait_for(read(), DEADLINE)
+    taken: list[Any] = await aside(lambda: [next(following) for _ in range(number)])
+    return taken
+
+
+async def close_follow(following: Any) -> None:
+    await call(following.aclose if hasattr(following, "aclose") else following.close)
+
+
+def run_child(code: str, *args: object, status: int = 0) -> str:
+    """Run `code` in a process of its own and return what it printed."""
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", textwrap.dedent(code), *map(str, args)],
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE,
+        check=False,
+        env={**os.environ, "PYTHONPATH": str(Path(omniq_sqlite.__file__).parent)},
+    )
+    assert done.returncode == status, done.stderr
+    return done.stdout.strip()
+
+
+@contextlib.contextmanager
+def raw(path: Any, **options: Any) -> Iterator[sqlite3.Connection]:
+    """Open a plain connection, in autocommit mode unless told otherwise."""
+    options.setdefault("isolation_level", None)
+    with contextlib.closing(sqlite3.connect(path, timeout=5, **options)) as connection:
+        yield connection
+
+
+@contextlib.contextmanager
+def write_lock(path: Any) -> Iterator[None]:
+    """Hold the write lock of the file, as another program would."""
+    with raw(path) as connection:
+        connection.execute("BEGIN IMMEDIATE")
+        yield
+        connection.execute("ROLLBACK")
+
+
+def read_rows(path: Any, sql: str) -> list[dict[str, Any]]:
+    with raw(path) as connection:
+        connection.row_factory = sqlite3.Row
+        return [dict(row) for row in connection.execute(sql)]
+
+
+def get_names(path: Any) -> set[str]:
+    """Return the names of the tables, views and indexes in the file."""
+    rows = read_rows(path, "SELECT name FROM sqlite_schema")
+    return {row["name"] for row in rows if not row["name"].startswith("sqlite_")}
+
+
+def refuse_inserts(path: Any, table: str) -> None:
+    """Make every later insert into the table fail, whoever does it."""
+    with raw(path) as connection:
+        connection.execute(
+            f"CREATE TRIGGER refused BEFORE INSERT ON {table}"
+            " BEGIN SELECT RAISE(ABORT, 'refused by the test'); END"
+        )
+
+
+def refuse_ends(path: Any) -> None:
+    """Make every later end of a running task fail, whoever does it."""
+    with raw(path) as connection:
+        connection.execute(
+            "CREATE TRIGGER refused_delete BEFORE DELETE ON omniq_task"
+            " BEGIN SELECT RAISE(ABORT, 'refused by the test'); END"
+        )
+        connection.execute(
+            "CREATE TRIGGER refused_update BEFORE UPDATE ON omniq_task"
+            " WHEN new.status <> 'running'"
+            " BEGIN SELECT RAISE(ABORT, 'refused by the test'); END"
+        )
+
+
+# =============================================================================
+# Names
+# =============================================================================
+
+PAIRS = [
+    ("AsyncSQLiteQueue", "SQLiteQueue"),
+    ("AsyncSQLiteResultStorage", "SQLiteResultStorage"),
+    ("AsyncSQLiteEventStorage", "SQLiteEventStorage"),
+    ("AsyncSQLiteBackend", "SQLiteBackend"),
+    ("AsyncWorker", "Worker"),
+]
+
+INTERFACES = [
+    ("AsyncTaskQueue", "AsyncSQLiteQueue"),
+    ("AsyncResultStorage", "AsyncSQLiteResultStorage"),
+    ("AsyncEventStorage", "AsyncSQLiteEventStorage"),
+    ("AsyncBackend", "AsyncSQLiteBackend"),
+    ("TaskQueue", "SQLiteQueue"),
+    ("ResultStorage", "SQLiteResultStorage"),
+    ("EventStorage", "SQLiteEventStorage"),
+    ("Backend", "SQLiteBackend"),
+]
+
+FIXED_NAMES = [
+    "AsyncBackend",
+    "AsyncEventStorage",
+    "AsyncResultStorage",
+    "AsyncSQLiteBackend",
+    "AsyncSQLiteEventStorage",
+    "AsyncSQLiteQueue",
+    "AsyncSQLiteResultStorage",
+    "AsyncTaskQueue",
+    "AsyncWorker",
+    "Backend",
+    "CorruptDatabaseError",
+    "DatabaseBusyError",
+    "DatabaseFullError",
+    "DatabaseReplacedError",
+    "DuplicateTaskError",
+    "EventStorage",
+    "EventType",
+    "Finding",
+    "LeaseLostError",
+    "NetworkFilesystemError",
+    "OmniQError",
+    "QueueStats",
+    "ReadOnlyDatabaseError",
+    "Reject",
+    "ResultStatus",
+    "ResultStorage",
+    "Retry",
+    "SQLiteBackend",
+    "SQLiteEventStorage",
+    "SQLiteQueue",
+    "SQLiteResultStorage",
+    "SchemaVersionError",
+    "SerializationError",
+    "StorageClosedError",
+    "Task",
+    "TaskEvent",
+    "TaskNotFoundError",
+    "TaskQueue",
+    "TaskRegistry",
+    "TaskResult",
+    "TaskStatus",
+    "TaskTimeout",
+    "UnknownTaskError",
+    "UnsupportedSQLiteError",
+    "Worker",
+    "WorkerInfo",
+    "current_task",
+    "progress",
+]
+
+SIGNATURES = {
+    "SQLiteQueue.enqueue": "(task, *, delay=0.0)",
+    "SQLiteQueue.enqueue_many": "(tasks)",
+    "SQLiteQueue.enqueue_on": "(connection, *tasks)",
+    "SQLiteQueue.dequeue": (
+        "(queues='default', *, timeout=0.0, lease=60.0, worker=None)"
+    ),
+    "SQLiteQueue.dequeue_many": (
+        "(limit, queues='default', *, timeout=0.0, lease=60.0, worker=None)"
+    ),
+    "SQLiteQueue.complete": "(task)",
+    "SQLiteQueue.complete_many": "(tasks)",
+    "SQLiteQueue.fail": "(task, error, *, retry=True, delay=None)",
+    "SQLiteQueue.release": "(task, *, delay=0.0)",
+    "SQLiteQueue.extend": "(task, lease=60.0, *, progress=None)",
+    "SQLiteQueue.reclaim": "(worker)",
+    "SQLiteQueue.cancel": "(task_id)",
+    "SQLiteQueue.retry": "(task_id)",
+    "SQLiteQueue.cancel_all": "(*, queue=None, func=None, status=None)",
+    "SQLiteQueue.retry_all": "(*, queue=None, func=None)",
+    "SQLiteQueue.get_task": "(task_id)",
+    "SQLiteQueue.list_tasks": (
+        "(*, queue=None, status=None, func=None, unique_key=None, limit=100, offset=0)"
+    ),
+    "SQLiteQueue.count_tasks": "(*, queue=None, status=None)",
+    "SQLiteQueue.stats": "()",
+    "SQLiteQueue.list_queues": "()",
+    "SQLiteQueue.list_workers": "()",
+    "SQLiteQueue.pause": "(queue)",
+    "SQLiteQueue.resume": "(queue)",
+    "SQLiteQueue.purge": "(*, queue=None, status=None, older_than=None)",
+    "SQLiteQueue.close": "()",
+    "SQLiteResultStorage.store_many": "(results)",
+    "SQLiteResultStorage.get": "(task_id)",
+    "SQLiteResultStorage.get_many": "(ids)",
+    "SQLiteResultStorage.wait": "(task_id, *, timeout=None)",
+    "SQLiteResultStorage.delete": "(task_id)",
+    "SQLiteResultStorage.list_results": "(*, status=None, limit=100, offset=0)",
+    "SQLiteResultStorage.purge": "(*, older_than=None)",
+    "SQLiteResultStorage.close": "()",
+    "SQLiteEventStorage.log": "(event)",
+    "SQLiteEventStorage.log_many": "(events)",
+    "SQLiteEventStorage.query": (
+        "(*, task_id=None, queue=None, type=None, since=None, until=None,"
+        " after=None, limit=100, newest_first=False)"
+    ),
+    "SQLiteEventStorage.follow": "(*, after=None)",
+    "SQLiteEventStorage.purge": "(*, older_than)",
+    "SQLiteEventStorage.close": "()",
+    "SQLiteBackend.complete": "(task, value=None, *, enqueue=())",
+    "SQLiteBackend.status": "(task_id)",
+    "SQLiteBackend.cleanup": "()",
+    "SQLiteBackend.backup": "(path)",
+    "SQLiteBackend.check": "()",
+    "SQLiteBackend.close": "()",
+}
+
+
+def get_public(cls: Any) -> dict[str, Any]:
+    return {name: getattr(cls, name) for name in dir(cls) if not name.startswith("_")}
+
+
+def without_annotations(method: Any) -> str:
+    signature = inspect.signature(method)
+    parameters = [
+        parameter.replace(annotation=inspect.Parameter.empty)
+        for parameter in signature.parameters.values()
+        if parameter.name != "self"
+    ]
+    return str(
+        signature.replace(
+            parameters=parameters, return_annotation=inspect.Signature.empty
+        )
+    )
+
+
+def as_blocking(text: object) -> str:
+    """Return an annotation as its blocking twin would have it."""
+    found = str(text).replace(" | aiosqlite.Connection", "")
+    return found.replace("Async", "").replace("Awaitable", "")
+
+
+def get_parameters(method: Any) -> list[tuple[str, object, object, str]]:
+    return [
+        (parameter.name, parameter.kind, parameter.default, as_blocking(annotation))
+        for parameter in inspect.signature(method).parameters.values()
+        for annotation in [parameter.annotation]
+    ]
+
+
+def first_line(thing: Any) -> str:
+    return (inspect.getdoc(thing) or "").partition("\n")[0]
+
+
+class TestNames:
+    def test_all_is_sorted_and_names_nothing_twice(self) -> None:
+        assert list(omniq_sqlite.__all__) == sorted(set(omniq_sqlite.__all__))
+
+    def test_every_name_of_the_contract_is_public(self) -> None:
+        assert set(FIXED_NAMES) - set(omniq_sqlite.__all__) == set()
+
+    def test_every_public_name_exists(self) -> None:
+        missing = [n for n in omniq_sqlite.__all__ if not hasattr(omniq_sqlite, n)]
+        assert missing == []
+
+    def test_every_public_class_and_function_has_a_docstring(self) -> None:
+        things = {name: getattr(omniq_sqlite, name) for name in omniq_sqlite.__all__}
+        assert [
+            name
+            for name, thing in things.items()
+            if (inspect.isclass(thing) or inspect.isfunction(thing))
+            and not (thing.__doc__ or "").strip()
+        ] == []
+
+    def test_every_public_method_of_a_public_class_has_a_docstring(self) -> None:
+        assert [
+            f"{name}.{method}"
+            for name in omniq_sqlite.__all__
+            if inspect.isclass(cls := getattr(omniq_sqlite, name))
+            and not getattr(cls, "_is_protocol", False)
+            and cls.__module__ == omniq_sqlite.__name__
+            for method, value in vars(cls).items()
+            if not method.startswith("_")
+            and (
+                inspect.isfunction(value)
+                or isinstance(value, (property, classmethod, staticmethod))
+            )
+            and not first_line(getattr(cls, method))
+        ] == []
+
+    @pytest.mark.parametrize(
+        ("name", "values"),
+        [
+            (
+                "TaskStatus",
+                "scheduled pending running completed failed cancelled expired",
+            ),
+            ("ResultStatus", "success error cancelled"),
+            (
+                "EventType",
+                (
+                    "enqueued dequeued completed failed retry released cancelled"
+                    " expired lease_lost"
+                ),
+            ),
+        ],
+    )
+    def test_an_enum_has_exactly_these_values(self, name: str, values: str) -> None:
+        members = getattr(omniq_sqlite, name)
+        assert issubclass(members, enum.StrEnum)
+        assert [str(member) for member in members] == values.split()
+
+    @pytest.mark.parametrize(
+        "value", [Task, TaskResult, TaskEvent, QueueStats, WorkerInfo, Finding]
+    )
+    def test_a_value_is_a_frozen_slotted_dataclass(self, value: Any) -> None:
+        assert dataclasses.is_dataclass(value)
+        assert vars(value)["__dataclass_params__"].frozen
+        assert "__slots__" in vars(value)
+
+    @pytest.mark.parametrize(("name", "signature"), sorted(SIGNATURES.items()))
+    def test_a_method_takes_what_the_contract_says(
+        self, name: str, signature: str
+    ) -> None:
+        cls, method = name.split(".")
+        found = getattr(getattr(omniq_sqlite, cls), method)
+        assert without_annotations(found) == signature
+
+    @pytest.mark.parametrize(
+        ("cls", "expected"),
+        [
+            (
+                "SQLiteQueue",
+                {
+                    "synchronous": "FULL",
+                    "busy_timeout": 30.0,
+                    "serializer": "json",
+                    "events": None,
+                    "retention": 0.0,
+                    "allow_network_fs": False,
+                    "clock": time.time,
+                },
+            ),
+            ("SQLiteResultStorage", {"ttl": 604_800.0, "clock": time.time}),
+            ("SQLiteEventStorage", {"synchronous": "FULL", "clock": time.time}),
+            (
+                "SQLiteBackend",
+                {
+                    "queue": None,
+                    "results": None,
+                    "events": None,
+                    "result_ttl": 604_800.0,
+                    "event_retention": 2_592_000.0,
+                },
+            ),
+        ],
+    )
+    def test_a_constructor_has_the_defaults_of_the_contract(
+        self, cls: str, expected: dict[str, object]
+    ) -> None:
+        parameters = inspect.signature(getattr(omniq_sqlite, cls)).parameters
+        first, *others = parameters.values()
+        assert first.name == "path"
+        assert {p.name: p.default for p in others if p.name in expected} == expected
+        kinds = {p.kind for p in others}
+        keyword_only = {inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.VAR_KEYWORD}
+        assert kinds <= keyword_only
+
+
+@pytest.mark.parametrize(("async_name", "blocking_name"), PAIRS)
+class TestTwins:
+    def test_they_have_the_same_public_names(
+        self, async_name: str, blocking_name: str
+    ) -> None:
+        only_blocking = {"from_async", "to_async"}
+        async_names = set(get_public(getattr(omniq_sqlite, async_name)))
+        blocking_names = set(get_public(getattr(omniq_sqlite, blocking_name)))
+        assert async_names == blocking_names - only_blocking
+
+    def test_methods_take_the_same_parameters_and_return_the_same(
+        self, async_name: str, blocking_name: str
+    ) -> None:
+        async_class = getattr(omniq_sqlite, async_name)
+        blocking_class = getattr(omniq_sqlite, blocking_name)
+        for name, method in get_public(async_class).items():
+            if not callable(method):
+                continue
+            twin = getattr(blocking_class, name)
+            assert get_parameters(method) == get_parameters(twin), name
+            assert as_blocking(
+                inspect.signature(method).return_annotation
+            ) == as_blocking(inspect.signature(twin).return_annotation), name
+
+    def test_constructors_take_the_same_parameters(
+        self, async_name: str, blocking_name: str
+    ) -> None:
+        assert get_parameters(getattr(omniq_sqlite, async_name)) == get_parameters(
+            getattr(omniq_sqlite, blocking_name)
+        )
+
+    def test_methods_have_the_same_first_docstring_line(
+        self, async_name: str, blocking_name: str
+    ) -> None:
+        async_methods = get_public(getattr(omniq_sqlite, async_name))
+        blocking_methods = get_public(getattr(omniq_sqlite, blocking_name))
+        assert {n: first_line(m) for n, m in async_methods.items()} == {
+            n: first_line(blocking_methods[n]) for n in async_methods
+        }
+
+    def test_what_returns_at_once_on_one_is_never_awaited_on_the_other(
+        self, async_name: str, blocking_name: str
+    ) -> None:
+        methods = get_public(getattr(omniq_sqlite, blocking_name)).values()
+        assert not any(inspect.iscoroutinefunction(method) for method in methods)
+        at_once = {
+            name
+            for name, method in get_public(getattr(omniq_sqlite, async_name)).items()
+            if inspect.isfunction(method) and not inspect.iscoroutinefunction(method)
+        }
+        assert at_once <= {"follow", "stop"}
+
+    def test_every_class_has_all_four_context_manager_methods(
+        self, async_name: str, blocking_name: str
+    ) -> None:
+        for name in (async_name, blocking_name):
+            for method in ("__enter__", "__exit__", "__aenter__", "__aexit__"):
+                if "Worker" not in name:
+                    assert hasattr(getattr(omniq_sqlite, name), method), (name, method)
+
+
+@pytest.mark.parametrize(("protocol", "cls"), INTERFACES)
+def test_a_class_has_what_its_interface_names(protocol: str, cls: str) -> None:
+    engine = getattr(omniq_sqlite, cls)
+    for name, method in get_public(getattr(omniq_sqlite, protocol)).items():
+        if inspect.isfunction(method):
+            found = get_parameters(getattr(engine, name))
+            wanted = get_parameters(method)
+            assert [(p[0], p[1]) for p in found] == [(p[0], p[1]) for p in wanted], name
+        else:
+            assert hasattr(engine, name), name
+
+
+ERRORS = [
+    (StorageClosedError("a.db"), RuntimeError, {"path": "a.db"}),
+    (DatabaseBusyError("a.db", 30.0), TimeoutError, {"path": "a.db", "waited": 30.0}),
+    (DatabaseFullError("a.db"), OSError, {"path": "a.db"}),
+    (ReadOnlyDatabaseError("a.db"), PermissionError, {"path": "a.db"}),
+    (CorruptDatabaseError("a.db", "why"), Exception, {"path": "a.db"}),
+    (DatabaseReplacedError("a.db"), Exception, {"path": "a.db"}),
+    (SchemaVersionError("a.db", "queue", "why"), Exception, {"component": "queue"}),
+    (UnsupportedSQLiteError("3.1.0", "3.37.0"), RuntimeError, {"found": "3.1.0"}),
+    (NetworkFilesystemError("a.db", "nfs4"), OSError, {"filesystem": "nfs4"}),
+    (SerializationError("args[0]", "why"), ValueError, {"where": "args[0]"}),
+    (TaskNotFoundError("a1"), LookupError, {"task_id": "a1"}),
+    (DuplicateTaskError("a1"), ValueError, {"task_id": "a1"}),
+    (LeaseLostError(["a1", "b2"]), Exception, {"task_ids": ["a1", "b2"]}),
+    (TaskTimeout("a1", 3.0), TimeoutError, {"task_id": "a1", "timeout": 3.0}),
+    (UnknownTaskError("resize"), LookupError, {"func": "resize"}),
+]
+
+
+@pytest.mark.parametrize(
+    ("error", "base", "facts"), ERRORS, ids=[type(e[0]).__name__ for e in ERRORS]
+)
+class TestErrors:
+    def test_it_is_an_omniq_error_and_the_built_in_it_is(
+        self, error: OmniQError, base: type[Exception], facts: dict[str, object]
+    ) -> None:
+        assert isinstance(error, OmniQError)
+        assert isinstance(error, base)
+
+    def test_it_keeps_its_facts_as_attributes(
+        self, error: OmniQError, base: type[Exception], facts: dict[str, object]
+    ) -> None:
+        assert {name: getattr(error, name) for name in facts} == facts
+
+    def test_it_survives_pickling(
+        self, error: OmniQError, base: type[Exception], facts: dict[str, object]
+    ) -> None:
+        copy = pickled(error)
+        assert type(copy) is type(error)
+        assert str(copy) == str(error) != ""
+        assert {name: getattr(copy, name) for name in facts} == facts
+
+
+# =============================================================================
+# Opening
+# =============================================================================
+
+TOUCH: dict[str, Callable[[Any], Any]] = {
+    "Queue": lambda queue: queue.count_tasks(),
+    "ResultStorage": lambda results: results.list_results(),
+    "EventStorage": lambda events: events.count(),
+    "Backend": lambda backend: backend.status("unknown"),
+}
+
+
+async def touch(kind: str, thing: Any) -> Any:
+    return await call(TOUCH[kind], thing)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+class TestOpening:
+    async def test_making_an_object_touches_no_file(self, api: Api, kind: str) -> None:
+        api.make(kind)
+        assert list(api.folder.iterdir()) == []
+
+    async def test_the_first_use_creates_the_file(self, api: Api, kind: str) -> None:
+        await touch(kind, api.make(kind))
+        assert api.path.exists()
+
+    async def test_a_path_like_object_and_a_string_name_the_same_file(
+        self, api: Api, kind: str
+    ) -> None:
+        await touch(kind, api.make(kind, str(api.path)))
+        await touch(kind, api.make(kind, Path(api.path)))
+        files = {path.name for path in api.folder.iterdir()}
+        assert {name for name in files if not name.endswith(("-wal", "-shm"))} == {
+            "jobs.db"
+        }
+
+    async def test_a_name_full_of_odd_characters_is_just_a_name(
+        self, api: Api, kind: str
+    ) -> None:
+        name = "file:odd ?mode=memory&cache=shared#1%41é.db"
+        await touch(kind, api.make(kind, api.folder / name))
+        assert (api.folder / name).exists()
+
+    async def test_a_relative_path_means_the_folder_of_its_making(
+        self, api: Api, kind: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.chdir(api.folder)
+        made = api.make(kind, "relative.db")
+        (api.folder / "elsewhere").mkdir()
+        await touch(kind, made)
+        monkeypatch.chdir(api.folder / "elsewhere")
+        await touch(kind, made)
+        assert (api.folder / "relative.db").exists()
+        assert list((api.folder / "elsewhere").iterdir()) == []
+
+    async def test_two_objects_may_have_the_same_file_open(
+        self, api: Api, kind: str
+    ) -> None:
+        one, other = api.make(kind), api.make(kind)
+        await touch(kind, one)
+        await touch(kind, other)
+        await call(one.close)
+        await touch(kind, other)
+
+    async def test_close_is_idempotent(self, api: Api, kind: str) -> None:
+        made = api.make(kind)
+        await touch(kind, made)
+        await call(made.close)
+        await call(made.close)
+
+    async def test_an_unused_object_can_be_closed(self, api: Api, kind: str) -> None:
+        await call(api.make(kind).close)
+        assert list(api.folder.iterdir()) == []
+
+    async def test_closing_leaves_no_wal_behind(self, api: Api, kind: str) -> None:
+        made = api.make(kind)
+        await touch(kind, made)
+        await call(made.close)
+        assert [path.name for path in api.folder.iterdir()] == ["jobs.db"]
+
+    async def test_use_after_close_is_refused(self, api: Api, kind: str) -> None:
+        made = api.make(kind)
+        await touch(kind, made)
+        await call(made.close)
+        with pytest.raises(StorageClosedError) as caught:
+            await touch(kind, made)
+        assert caught.value.path.endswith("jobs.db")
+
+    async def test_an_object_closed_before_its_first_use_is_refused_too(
+        self, api: Api, kind: str
+    ) -> None:
+        made = api.make(kind)
+        await call(made.close)
+        with pytest.raises(StorageClosedError):
+            await touch(kind, made)
+        assert not api.path.exists()
+
+    async def test_async_with_opens_at_once_and_closes_at_the_end(
+        self, api: Api, kind: str
+    ) -> None:
+        made = api.make(kind)
+        async with made as entered:
+            assert entered is made
+            assert api.path.exists()
+        with pytest.raises(StorageClosedError):
+            await touch(kind, made)
+
+    async def test_async_with_does_not_block_the_loop_while_it_opens(
+        self, api: Api, kind: str
+    ) -> None:
+        # The file is new, so that opening has to write and waits for the lock.
+        made = api.make(kind, busy_timeout=DEADLINE)
+
+        async def use() -> None:
+            async with made:
+                await touch(kind, made)
+
+        with write_lock(api.path):
+            using = started(use())
+            for _ in range(10):
+                await asyncio.sleep(0.005)
+            assert not using.done()
+        await asyncio.wait_for(using, DEADLINE)
+
+    async def test_the_application_may_own_the_file(self, api: Api, kind: str) -> None:
+        with raw(api.path) as connection:
+            connection.executescript(
+                "PRAGMA user_version = 7; PRAGMA application_id = 4242;"
+                "CREATE TABLE orders (id INTEGER PRIMARY KEY);"
+                "INSERT INTO orders VALUES (1);"
+            )
+        await touch(kind, api.make(kind))
+        with raw(api.path) as connection:
+            assert connection.execute("PRAGMA user_version").fetchone() == (7,)
+            assert connection.execute("PRAGMA application_id").fetchone() == (4242,)
+            assert connection.execute("SELECT id FROM orders").fetchall() == [(1,)]
+
+    async def test_everything_in_the_file_carries_the_prefix(
+        self, api: Api, kind: str
+    ) -> None:
+        await touch(kind, api.make(kind))
+        names = get_names(api.path)
+        assert names != set()
+        assert {name for name in names if not name.startswith("omniq_")} == set()
+
+    async def test_a_table_of_our_name_that_is_not_ours_is_refused(
+        self, api: Api, kind: str
+    ) -> None:
+        table = {"ResultStorage": "omniq_result", "EventStorage": "omniq_event"}
+        with raw(api.path) as connection:
+            connection.execute(f"CREATE TABLE {table.get(kind, 'omniq_task')} (x)")
+        with pytest.raises(SchemaVersionError):
+            await touch(kind, api.make(kind))
+
+    async def test_a_file_of_a_newer_version_is_refused(
+        self, api: Api, kind: str
+    ) -> None:
+        await touch(kind, api.make(kind))
+        await api.close()
+        with raw(api.path) as connection:
+            connection.execute("UPDATE omniq_schema SET version = 999")
+        with pytest.raises(SchemaVersionError, match="999"):
+            await touch(kind, api.make(kind))
+
+    async def test_a_file_that_is_no_database_is_refused(
+        self, api: Api, kind: str
+    ) -> None:
+        api.path.write_bytes(b"this is a letter to grandmother\n" * 100)
+        with pytest.raises(CorruptDatabaseError) as caught:
+            await touch(kind, api.make(kind))
+        assert caught.value.path.endswith("jobs.db")
+
+    async def test_a_path_that_cannot_be_is_named(self, api: Api, kind: str) -> None:
+        (api.folder / "letter").write_text("Dear grandmother")
+        made = api.make(kind, api.folder / "letter" / "jobs.db")
+        with pytest.raises(OmniQError, match="letter") as caught:
+            await touch(kind, made)
+        assert isinstance(caught.value, OSError)
+
+    async def test_it_pickles_as_its_constructor_arguments(
+        self, api: Api, kind: str
+    ) -> None:
+        made = api.make(kind, clock=time.time, synchronous="NORMAL")
+        await touch(kind, made)
+        copy = api.keep(pickled(made))
+        assert type(copy) is type(made)
+        await touch(kind, copy)
+
+    async def test_an_object_in_memory_does_not_pickle(
+        self, api: Api, kind: str
+    ) -> None:
+        with pytest.raises(TypeError, match="memory"):
+            pickle.dumps(api.make(kind, ":memory:", clock=time.time))
+
+    async def test_an_object_in_memory_makes_no_file(
+        self, api: Api, kind: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.chdir(api.folder)
+        await touch(kind, api.make(kind, ":memory:"))
+        assert list(api.folder.iterdir()) == []
+
+    async def test_an_unknown_option_is_refused(self, api: Api, kind: str) -> None:
+        with pytest.raises(TypeError, match="colour"):
+            api.make(kind, colour="red")
+
+    @pytest.mark.parametrize(
+        ("option", "value", "rule"),
+        [
+            ("synchronous", "SOMETIMES", "FULL"),
+            ("busy_timeout", -1.0, "0"),
+            ("busy_timeout", float("nan"), "0"),
+            ("serializer", "pickle", "json"),
+            ("readers", 0, "1"),
+        ],
+    )
+    async def test_an_option_out_of_range_is_named(
+        self, api: Api, kind: str, option: str, value: Any, rule: str
+    ) -> None:
+        with pytest.raises(ValueError, match=option) as caught:
+            api.make(kind, **{option: value})
+        assert repr(value) in str(caught.value)
+        assert rule in str(caught.value)
+
+    async def test_an_empty_path_is_refused(self, api: Api, kind: str) -> None:
+        with pytest.raises(ValueError, match="path"):
+            api.make(kind, "")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="has no such modes")
+@pytest.mark.parametrize("umask", [0o000, 0o277, 0o777])
+async def test_new_files_belong_to_their_owner_only(api: Api, umask: int) -> None:
+    before = os.umask(umask)
+    try:
+        backend = api.backend(events=True, results=api.folder / "results.db")
+        await call(backend.enqueue, Task("f"))
+        await call(backend.results.store, TaskResult("a1", ResultStatus.SUCCESS))
+    finally:
+        os.umask(before)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in api.folder.iterdir()}
+    assert modes == dict.fromkeys(
+        [
+            "jobs.db",
+            "jobs.db-shm",
+            "jobs.db-wal",
+            "results.db",
+            "results.db-shm",
+            "results.db-wal",
+        ],
+        0o600,
+    )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+class TestPlainWith:
+    def test_a_blocking_object_opens_at_once_and_closes_at_the_end(
+        self, kind: str, tmp_path: Path
+    ) -> None:
+        made = getattr(omniq_sqlite, "SQLite" + kind)(tmp_path / "jobs.db")
+        with made as entered:
+            assert entered is made
+            assert (tmp_path / "jobs.db").exists()
+        with pytest.raises(StorageClosedError):
+            TOUCH[kind](made)
+
+    def test_an_async_object_creates_the_file_where_no_loop_runs(
+        self, kind: str, tmp_path: Path
+    ) -> None:
+        made = getattr(omniq_sqlite, "AsyncSQLite" + kind)(tmp_path / "jobs.db")
+        with made as entered:
+            assert entered is made
+            assert any(name.startswith("omniq_") for name in get_names(made_path(made)))
+        with pytest.raises(StorageClosedError):
+            asyncio.run(TOUCH[kind](made))
+
+    def test_an_async_object_closes_without_a_loop_after_a_loop_used_it(
+        self, kind: str, tmp_path: Path
+    ) -> None:
+        with getattr(omniq_sqlite, "AsyncSQLite" + kind)(tmp_path / "jobs.db") as made:
+            asyncio.run(TOUCH[kind](made))
+            asyncio.run(TOUCH[kind](made))
+        assert [path.name for path in tmp_path.iterdir()] == ["jobs.db"]
+
+    def test_an_async_object_checks_the_file(self, kind: str, tmp_path: Path) -> None:
+        (tmp_path / "jobs.db").write_bytes(b"this is a letter to grandmother\n" * 100)
+        made = getattr(omniq_sqlite, "AsyncSQLite" + kind)(tmp_path / "jobs.db")
+        with pytest.raises(CorruptDatabaseError), made:
+            pass
+
+    async def test_an_async_object_is_refused_inside_a_running_loop(
+        self, kind: str, tmp_path: Path
+    ) -> None:
+        made = getattr(omniq_sqlite, "AsyncSQLite" + kind)(tmp_path / "jobs.db")
+        with pytest.raises(RuntimeError, match="async with"), made:
+            pass
+        await made.close()
+
+    def test_under_trio_an_async_object_says_what_is_wrong(
+        self, kind: str, tmp_path: Path
+    ) -> None:
+        made = getattr(omniq_sqlite, "AsyncSQLite" + kind)(tmp_path / "jobs.db")
+
+        async def use() -> None:
+            await TOUCH[kind](made)
+
+        with pytest.raises(RuntimeError, match="asyncio"):
+            trio.run(use)
+        asyncio.run(made.close())
+
+    async def test_a_blocking_object_works_inside_a_running_loop(
+        self, kind: str, tmp_path: Path
+    ) -> None:
+        with getattr(omniq_sqlite, "SQLite" + kind)(tmp_path / "jobs.db") as made:
+            TOUCH[kind](made)
+
+
+def made_path(made: Any) -> Path:
+    return Path(made.path)
+
+
+CLOSED_CALLS: dict[str, dict[str, tuple[Any, ...]]] = {
+    "Queue": {
+        "enqueue": (Task("f"),),
+        "enqueue_many": ([Task("f")],),
+        "dequeue": (),
+        "dequeue_many": (3,),
+        "complete": (Task("f", lease_id="x"),),
+        "complete_many": ([Task("f", lease_id="x")],),
+        "fail": (Task("f", lease_id="x"), "no"),
+        "release": (Task("f", lease_id="x"),),
+        "extend": (Task("f", lease_id="x"),),
+        "reclaim": ("w1",),
+        "cancel": ("a1",),
+        "retry": ("a1",),
+        "cancel_all": (),
+        "retry_all": (),
+        "get_task": ("a1",),
+        "list_tasks": (),
+        "count_tasks": (),
+        "stats": (),
+        "list_queues": (),
+        "list_workers": (),
+        "pause": ("default",),
+        "resume": ("default",),
+        "purge": (),
+    },
+    "ResultStorage": {
+        "store": (TaskResult("a1", ResultStatus.SUCCESS),),
+        "store_many": ([TaskResult("a1", ResultStatus.SUCCESS)],),
+        "get": ("a1",),
+        "get_many": (["a1"],),
+        "wait": ("a1",),
+        "delete": ("a1",),
+        "list_results": (),
+        "purge": (),
+    },
+    "EventStorage": {
+        "log": (TaskEvent("note"),),
+        "log_many": ([TaskEvent("note")],),
+        "query": (),
+        "count": (),
+        "purge": (),
+    },
+    "Backend": {
+        "enqueue": (Task("f"),),
+        "enqueue_many": ([Task("f")],),
+        "complete": (Task("f", lease_id="x"),),
+        "fail": (Task("f", lease_id="x"), ValueError("no")),
+        "status": ("a1",),
+        "result": ("a1",),
+        "cleanup": (),
+        "check": (),
+        "backup": ("copy.db",),
+    },
+}
+OLDER_THAN = {("EventStorage", "purge")}
+"""What cannot be called without this argument."""
+
+
+class TestClosed:
+    @pytest.mark.parametrize("kind", KINDS)
+    async def test_every_method_of_a_closed_object_says_so(
+        self, api: Api, kind: str
+    ) -> None:
+        made = api.make(kind)
+        await call(made.close)
+        left_out = {"close", "enqueue_on", "follow", "from_async", "to_async"}
+        left_out |= {"from_env", "from_url"}
+        methods = get_public(type(made))
+        callables = {name for name, method in methods.items() if callable(method)}
+        assert callables - left_out == set(CLOSED_CALLS[kind])
+        for name, arguments in CLOSED_CALLS[kind].items():
+            keywords = {"older_than": 1.0} if (kind, name) in OLDER_THAN else {}
+            with pytest.raises(StorageClosedError):
+                await call(getattr(made, name), *arguments, **keywords)
+
+    async def test_a_closed_queue_takes_no_tasks_on_a_connection(
+        self, api: Api, queue: Any
+    ) -> None:
+        await call(queue.close)
+        with raw(api.path) as connection:
+            connection.execute("BEGIN")
+            with pytest.raises(StorageClosedError):
+                await call(queue.enqueue_on, connection, Task("f"))
+
+    async def test_the_parts_of_a_closed_backend_are_closed(self, backend: Any) -> None:
+        await call(backend.enqueue, Task("f"))
+        await call(backend.close)
+        with pytest.raises(StorageClosedError):
+            await call(backend.queue.count_tasks)
+        with pytest.raises(StorageClosedError):
+            await call(backend.results.list_results)
+        with pytest.raises(StorageClosedError):
+            await call(backend.events.count)
+
+    async def test_a_waiting_call_ends_when_its_object_is_closed(
+        self, queue: Any
+    ) -> None:
+        waiting = started(aside(queue.dequeue, timeout=None))
+        await settled_in()
+        await call(queue.close)
+        with pytest.raises(StorageClosedError):
+            await waiting
+
+
+class TestBusyTimeout:
+    async def test_a_write_gives_up_after_it_and_nothing_was_changed(
+        self, api: Api
+    ) -> None:
+        queue = api.queue(busy_timeout=0.05)
+        await call(queue.enqueue, Task("before"))
+        with write_lock(api.path), pytest.raises(DatabaseBusyError) as caught:
+            await call(queue.enqueue, Task("during"))
+        assert caught.value.path.endswith("jobs.db")
+        assert 0.05 <= caught.value.waited < 5.0
+        assert await claim_names(queue) == ["before"]
+
+    async def test_a_write_waits_for_a_writer_that_ends_in_time(self, api: Api) -> None:
+        queue = api.queue()
+        await call(queue.enqueue, Task("before"))
+        with write_lock(api.path):
+            writing = started(aside(queue.enqueue, Task("during")))
+            await settled_in()
+            assert not writing.done()
+        await writing
+        assert await claim_names(queue) == ["before", "during"]
+
+    async def test_a_read_waits_for_no_writer(self, api: Api) -> None:
+        backend = api.backend(events=True, busy_timeout=0.0)
+        task_id = await call(backend.enqueue, Task("f"))
+        await call(backend.results.store, TaskResult("a1", ResultStatus.SUCCESS, 7))
+        with write_lock(api.path):
+            assert (await get(backend.queue, task_id)).func == "f"
+            assert len(await call(backend.queue.list_tasks)) == 1
+            assert await call(backend.queue.count_tasks) == 1
+            assert len(await call(backend.queue.stats)) == 1
+            assert await call(backend.queue.list_queues) == ["default"]
+            assert await call(backend.queue.list_workers) == []
+            assert (await call(backend.results.get, "a1")).value == 7
+            assert len(await call(backend.results.list_results)) == 1
+            assert len(await call(backend.events.query)) == 1
+            assert await call(backend.status, task_id) == "pending"
+
+    async def test_looking_for_a_task_where_there_is_none_waits_for_no_writer(
+        self, api: Api
+    ) -> None:
+        queue = api.queue(busy_timeout=0.0)
+        await call(queue.enqueue_many, [Task("f", queue="paused"), Task("g")])
+        await call(queue.pause, "paused")
+        await claim(queue)
+        with write_lock(api.path):
+            assert await call(queue.dequeue, ["default", "paused"]) is None
+            assert await call(queue.dequeue_many, 5, "paused") == []
+
+
+class TestThreads:
+    def test_a_blocking_object_serves_many_threads_at_once(
+        self, tmp_path: Path
+    ) -> None:
+        with SQLiteQueue(tmp_path / "jobs.db") as queue:
+
+            def work(number: int) -> list[str]:
+                ids = [queue.enqueue(Task("f", (number, i))) for i in range(20)]
+                for _ in range(20):
+                    task = queue.dequeue(timeout=DEADLINE)
+                    assert task is not None
+                    queue.complete(task)
+                return ids
+
+            with concurrent.futures.ThreadPoolExecutor(8) as pool:
+                ids = [i for found in pool.map(work, range(8)) for i in found]
+            assert len(set(ids)) == 160
+            assert queue.count_tasks() == 0
+
+    def test_an_object_in_memory_is_shared_by_threads(self) -> None:
+        with SQLiteQueue(":memory:") as queue:
+            with concurrent.futures.ThreadPoolExecutor(8) as pool:
+                list(pool.map(lambda n: queue.enqueue(Task("f", (n,))), range(100)))
+            claimed = queue.dequeue_many(200)
+            assert sorted(task.args[0] for task in claimed) == list(range(100))
+
+    async def test_objects_in_memory_are_apart(self, api: Api) -> None:
+        one, other = api.queue(":memory:"), api.queue(":memory:")
+        await call(one.enqueue, Task("f"))
+        assert await call(other.count_tasks) == 0
+
+    async def test_the_parts_of_a_backend_in_memory_are_one(self, api: Api) -> None:
+        backend = api.backend(":memory:", events=True)
+        await call(backend.queue.enqueue, Task("f"))
+        await call(backend.complete, await claim(backend.queue), 7)
+        assert [r.value for r in await call(backend.results.list_results)] == [7]
+        assert await get_types(backend.events) == ["enqueued", "dequeued", "completed"]
+
+    async def test_a_waiting_call_in_memory_is_woken_by_another_thread(
+        self, api: Api
+    ) -> None:
+        queue = api.queue(":memory:")
+        waiting = started(aside(queue.dequeue, timeout=DEADLINE))
+        await settled_in()
+        begun = time.monotonic()
+        await call(queue.enqueue, Task("f"))
+        assert (await waiting).func == "f"
+        assert time.monotonic() - begun < 2.0
+
+    def test_an_async_object_in_memory_lives_through_several_loops(self) -> None:
+        queue = AsyncSQLiteQueue(":memory:")
+        task_id = asyncio.run(queue.enqueue(Task("f")))
+        task = asyncio.run(queue.get_task(task_id))
+        assert task is not None
+        assert task.func == "f"
+        asyncio.run(queue.close())
+
+    def test_an_async_object_lives_through_several_loops(self, tmp_path: Path) -> None:
+        queue = AsyncSQLiteQueue(tmp_path / "jobs.db")
+        task_id = asyncio.run(queue.enqueue(Task("f")))
+        task = asyncio.run(queue.get_task(task_id))
+        assert task is not None
+        assert task.func == "f"
+        asyncio.run(queue.close())
+
+    def test_an_async_object_serves_two_loops_in_two_threads_at_once(
+        self, tmp_path: Path
+    ) -> None:
+        for path in (tmp_path / "jobs.db", ":memory:"):
+            queue = AsyncSQLiteQueue(path)
+
+            async def work(number: int, queue: AsyncSQLiteQueue = queue) -> None:
+                await queue.enqueue_many([Task("f", (number, n)) for n in range(20)])
+                for _ in range(20):
+                    task = await queue.dequeue(timeout=DEADLINE)
+                    assert task is not None
+                    await queue.complete(task)
+
+            def run(number: int, work: Callable[[int], Any] = work) -> None:
+                asyncio.run(work(number))
+
+            with concurrent.futures.ThreadPoolExecutor(2) as pool:
+                list(pool.map(run, range(2)))
+            assert asyncio.run(queue.count_tasks()) == 0
+            asyncio.run(queue.close())
+
+    def test_a_twin_wakes_another_loop(self, tmp_path: Path) -> None:
+        queue = AsyncSQLiteQueue(tmp_path / "jobs.db")
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            waiting = pool.submit(asyncio.run, queue.dequeue(timeout=DEADLINE))
+            asyncio.run(queue.enqueue(Task("f")))
+            task = waiting.result(DEADLINE)
+        assert task is not None
+        assert task.func == "f"
+        asyncio.run(queue.close())
+
+
+class TestProcesses:
+    async def test_two_processes_share_a_file(self, api: Api, queue: Any) -> None:
+        await call(queue.enqueue, Task("f", ("from the parent",)))
+        found = run_child(
+            """
+            import sys
+            from omniq_sqlite import SQLiteQueue, Task
+            with SQLiteQueue(sys.argv[1], clock=lambda: 1_800_000_000.0) as queue:
+                task = queue.dequeue(worker="child")
+                print(task.args[0], task.attempt)
+                queue.complete(task)
+                queue.enqueue(Task("g", ("from the child",)))
+            """,
+            api.path,
+        )
+        assert found == "from the parent 1"
+        assert (await claim(queue)).args == ("from the child",)
+
+    async def test_an_object_travels_to_a_process_as_a_pickle(self, api: Api) -> None:
+        queue = api.queue(clock=time.time, retention=60.0)
+        code = """
+            import asyncio, inspect, pickle, sys
+            from omniq_sqlite import Task
+            queue = pickle.loads(bytes.fromhex(sys.argv[1]))
+            async def use():
+                for made in (queue.enqueue(Task("f")), queue.close()):
+                    if inspect.isawaitable(made):
+                        await made
+            asyncio.run(use())
+            """
+        run_child(code, pickle.dumps(queue).hex())
+        await call(queue.complete, await claim(queue))
+        assert await call(queue.count_tasks, status="completed") == 1
+
+    def test_a_spawned_process_uses_the_object_it_was_given(
+        self, tmp_path: Path
+    ) -> None:
+        with (
+            SQLiteQueue(tmp_path / "jobs.db") as queue,
+            concurrent.futures.ProcessPoolExecutor(
+                1, mp_context=multiprocessing.get_context("spawn")
+            ) as pool,
+        ):
+            task_id = pool.submit(queue.enqueue, Task("f")).result(DEADLINE)
+            task = queue.get_task(task_id)
+            assert task is not None
+            assert task.func == "f"
+
+
+def make_async(kind: str, path: Path) -> Any:
+    return getattr(omniq_sqlite, "AsyncSQLite" + kind)(path)
+
+
+def make_twin(made: Any) -> Any:
+    name = type(made).__name__.removeprefix("Async")
+    return getattr(omniq_sqlite, name).from_async(made)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+class TestFromAsync:
+    async def test_a_twin_works_in_asyncio_to_thread(
+        self, kind: str, tmp_path: Path
+    ) -> None:
+        async with make_async(kind, tmp_path / "jobs.db") as made:
+            await asyncio.to_thread(TOUCH[kind], make_twin(made))
+
+    async def test_a_twin_works_in_an_anyio_thread(
+        self, kind: str, tmp_path: Path
+    ) -> None:
+        async with make_async(kind, tmp_path / "jobs.db") as made:
+            await anyio.to_thread.run_sync(TOUCH[kind], make_twin(made))
+
+    async def test_a_twin_works_in_any_other_thread(
+        self, kind: str, tmp_path: Path
+    ) -> None:
+        async with make_async(kind, tmp_path / "jobs.db") as made:
+            await aside(TOUCH[kind], make_twin(made))
+
+    async def test_a_twin_is_refused_in_the_thread_of_the_loop(
+        self, kind: str, tmp_path: Path
+    ) -> None:
+        async with make_async(kind, tmp_path / "jobs.db") as made:
+            twin = make_twin(made)
+            with pytest.raises(RuntimeError, match="loop"):
+                TOUCH[kind](twin)
+
+    async def test_closing_a_twin_leaves_the_async_object_open(
+        self, kind: str, tmp_path: Path
+    ) -> None:
+        async with make_async(kind, tmp_path / "jobs.db") as made:
+            twin = make_twin(made)
+            await asyncio.to_thread(twin.close)
+            await TOUCH[kind](made)
+            with pytest.raises(StorageClosedError):
+                await asyncio.to_thread(TOUCH[kind], twin)
+
+    async def test_a_twin_in_memory_sees_what_the_async_object_sees(
+        self, kind: str
+    ) -> None:
+        async with getattr(omniq_sqlite, "AsyncSQLite" + kind)(":memory:") as made:
+            await asyncio.to_thread(TOUCH[kind], make_twin(made))
+
+
+class TestFromAsyncTwins:
+    async def test_a_twin_and_its_async_object_share_the_tasks(
+        self, tmp_path: Path
+    ) -> None:
+        async with AsyncSQLiteQueue(tmp_path / "jobs.db") as queue:
+            twin = SQLiteQueue.from_async(queue)
+            task_id = await asyncio.to_thread(twin.enqueue, Task("f"))
+            task = await queue.dequeue()
+            assert task is not None
+            assert task.id == task_id
+            await asyncio.to_thread(twin.complete, task)
+            assert await queue.count_tasks() == 0
+
+    async def test_the_errors_of_a_twin_are_the_same(self, tmp_path: Path) -> None:
+        async with AsyncSQLiteQueue(tmp_path / "jobs.db") as queue:
+            twin = SQLiteQueue.from_async(queue)
+            await queue.enqueue(Task("f", id="a1"))
+            with pytest.raises(DuplicateTaskError, match="a1"):
+                await asyncio.to_thread(twin.enqueue, Task("f", id="a1"))
+
+    async def test_a_twin_puts_tasks_into_a_transaction_of_its_thread(
+        self, tmp_path: Path
+    ) -> None:
+        async with AsyncSQLiteQueue(tmp_path / "jobs.db") as queue:
+            twin = SQLiteQueue.from_async(queue)
+
+            def use() -> list[str]:
+                with raw(tmp_path / "jobs.db", isolation_level="") as connection:
+                    ids = twin.enqueue_on(connection, Task("f", id="a1"))
+                    connection.commit()
+                    return ids
+
+            assert await asyncio.to_thread(use) == ["a1"]
+            assert await queue.count_tasks() == 1
+
+    async def test_a_waiting_twin_does_not_block_the_loop(self, tmp_path: Path) -> None:
+        async with AsyncSQLiteQueue(tmp_path / "jobs.db") as queue:
+            twin = SQLiteQueue.from_async(queue)
+            waiting = started(asyncio.to_thread(twin.dequeue, timeout=DEADLINE))
+            await settled_in()
+            await queue.enqueue(Task("f"))
+            task = await asyncio.wait_for(waiting, DEADLINE)
+            assert task is not None
+
+    async def test_a_twin_of_a_backend_has_its_parts(self, tmp_path: Path) -> None:
+        async with AsyncSQLiteBackend(tmp_path / "jobs.db", events=True) as backend:
+            twin = SQLiteBackend.from_async(backend)
+
+            def use() -> tuple[Any, list[str]]:
+                assert twin.events is not None
+                task_id = twin.enqueue(Task("f"))
+                task = twin.queue.dequeue()
+                assert task is not None
+                twin.complete(task, 7)
+                value = twin.result(task_id, timeout=0).value
+                return value, [str(event.type) for event in twin.events.query()]
+
+            value, types = await asyncio.to_thread(use)
+            assert value == 7
+            assert types == ["enqueued", "dequeued", "completed"]
+
+    async def test_a_twin_of_an_event_storage_follows(self, tmp_path: Path) -> None:
+        async with AsyncSQLiteEventStorage(tmp_path / "jobs.db") as events:
+            twin = SQLiteEventStorage.from_async(events)
+            await events.log(TaskEvent("first"))
+
+            def use() -> str:
+                following = twin.follow(after="0")
+                event = next(following)
+                following.close()
+                return str(event.type)
+
+            assert await aside(use) == "first"
+
+    async def test_a_twin_of_a_result_storage_waits(self, tmp_path: Path) -> None:
+        async with AsyncSQLiteResultStorage(tmp_path / "jobs.db") as results:
+            twin = SQLiteResultStorage.from_async(results)
+            waiting = started(aside(twin.wait, "a1", timeout=DEADLINE))
+            await settled_in()
+            await results.store(TaskResult("a1", ResultStatus.SUCCESS, 7))
+            assert (await waiting).value == 7
+
+
+# =============================================================================
+# Values that travel
+# =============================================================================
+
+BERLIN = ZoneInfo("Europe/Berlin")
+
+TRAVELLERS: list[Any] = [
+    None,
+    True,
+    0,
+    -1,
+    2**63,
+    -(2**200),
+    0.1,
+    -0.0,
+    1e308,
+    5e-324,
+    "",
+    "naïve 🐟 \u2028",
+    "nul \0 inside",
+    [],
+    [1, [2, [3]]],
+    {},
+    {"": {"a": [None]}},
+    (),
+    (1,),
+    (1, (2, [3])),
+    set(),
+    {1, 2},
+    {(1, 2), frozenset({3})},
+    frozenset(),
+    frozenset({"a"}),
+    b"",
+    b"\0\xff",
+    NAIVE.replace(second=15, microsecond=123456),
+    datetime(2026, 3, 1, 12, 30, tzinfo=UTC),
+    datetime(2026, 3, 1, 12, 30, tzinfo=timezone(timedelta(hours=-3, minutes=-30))),
+    datetime(2026, 3, 1, 12, 30, tzinfo=timezone(timedelta(seconds=4521))),
+    NAIVE.min,
+    NAIVE.max,
+    date(2026, 3, 1),
+    date.max,
+    clock_time(12, 30, 15, 123456),
+    clock_time(12, 30, tzinfo=UTC),
+    timedelta(0),
+    timedelta(days=-1, microseconds=1),
+    timedelta.max,
+    timedelta.min,
+    Decimal("1.10"),
+    Decimal("-0"),
+    Decimal("1E+400"),
+    Decimal("Infinity"),
+    UUID("12345678-1234-5678-1234-567812345678"),
+    Path("/srv/odd name.txt"),
+    Path("relative/x"),
+    {"$datetime": "2026-03-01"},
+    {"$datetime": NAIVE},
+    {"$tuple": [1, 2]},
+    {"$": 1},
+    {"$$": 1},
+    {"$$tuple": [1]},
+    {"$escape": {"$escape": {}}},
+    {"$unheard of": None},
+    {"$bytes": "AA==", "more": 1},
+    {"$set": {"$set": []}},
+]
+
+REFUSED: list[tuple[Any, str]] = [
+    (float("nan"), "args[0]"),
+    (float("inf"), "args[0]"),
+    (float("-inf"), "args[0]"),
+    ([1, float("nan")], "args[0][1]"),
+    ({1: "a"}, "args[0]"),
+    ({"a": {None: 1}}, "args[0]['a']"),
+    ({"a": [0, object()]}, "args[0]['a'][1]"),
+    ((0, {"b": 1j}), "args[0][1]['b']"),
+    ({object()}, "args[0][0]"),
+    (object, "args[0]"),
+    (len, "args[0]"),
+    (Decimal("NaN"), "args[0]"),
+    (Decimal("sNaN"), "args[0]"),
+]
+
+
+def shape(value: Any) -> Any:
+    """Return the value with every type beside it: 1 is not True, () is not []."""
+    if isinstance(value, Mapping):
+        return "dict", [(key, shape(item)) for key, item in value.items()]
+    if isinstance(value, (list, tuple)):
+        return type(value).__name__, [shape(item) for item in value]
+    if isinstance(value, (set, frozenset)):
+        return type(value).__name__, sorted(repr(shape(item)) for item in value)
+    if isinstance(value, (datetime, clock_time)):
+        return type(value).__name__, value, value.utcoffset()
+    return type(value).__name__, repr(value)
+
+
+HASHABLE = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(st.characters(exclude_categories=["Cs"]))
+    | st.binary()
+    | st.dates()
+    | st.datetimes().map(lambda value: value.replace(fold=0))
+    | st.datetimes(timezones=st.just(UTC)).map(lambda value: value.replace(fold=0))
+    | st.times().map(lambda value: value.replace(fold=0))
+    | st.timedeltas()
+    | st.decimals(allow_nan=False)
+    | st.uuids(),
+    lambda inner: st.tuples(inner, inner) | st.frozensets(inner, max_size=3),
+    max_leaves=6,
+)
+KEYS = st.text(st.characters(exclude_categories=["Cs"])) | st.sampled_from(
+    ["$", "$$", "$tuple", "$$tuple", "$datetime", "$dict", "$escape", "$path"]
+)
+VALUES = st.recursive(
+    HASHABLE | st.sets(HASHABLE, max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=4)
+        | st.dictionaries(KEYS, inner, max_size=3)
+        | st.tuples(inner)
+    ),
+    max_leaves=10,
+)
+
+
+class ComplexNumbers:
+    """A serializer for one more type, as a user would write it."""
+
+    def dumps(self, value: Any) -> str:
+        def default(found: Any) -> Any:
+            if isinstance(found, complex):
+                return {"complex": [found.real, found.imag]}
+            raise TypeError(f"what is {type(found).__name__}?")
+
+        return json.dumps(value, default=default)
+
+    def loads(self, text: str) -> Any:
+        def revive(found: dict[str, Any]) -> Any:
+            return complex(*found["complex"]) if "complex" in found else found
+
+        return json.loads(text, object_hook=revive)
+
+
+class TestValuesThatTravel:
+    @pytest.mark.parametrize("value", TRAVELLERS, ids=repr)
+    async def test_it_comes_back_equal_and_of_the_same_type(
+        self, api: Api, value: Any
+    ) -> None:
+        queue = api.queue(":memory:")
+        await call(queue.enqueue, Task("f", (value,), {"k": value}))
+        task = await claim(queue)
+        assert task.args == (value,)
+        assert shape(task.args[0]) == shape(value)
+        assert shape(task.kwargs) == shape({"k": value})
+
+    @given(value=VALUES)
+    @settings(
+        max_examples=60,
+        deadline=None,
+        database=None,
+        suppress_health_check=[
+            HealthCheck.function_scoped_fixture,
+            HealthCheck.too_slow,
+        ],
+    )
+    async def test_any_value_comes_back_equal_and_of_the_same_type(
+        self, value: Any
+    ) -> None:
+        with SQLiteQueue(":memory:") as queue:
+            queue.enqueue(Task("f", (value,)))
+            task = queue.dequeue()
+            assert task is not None
+            assert shape(task.args[0]) == shape(value)
+
+    @pytest.mark.parametrize(
+        ("value", "where"), REFUSED, ids=[f"{n}" for n in range(len(REFUSED))]
+    )
+    async def test_anything_else_is_refused_with_its_place(
+        self, api: Api, value: Any, where: str
+    ) -> None:
+        queue = api.queue(":memory:")
+        with pytest.raises(SerializationError) as caught:
+            await call(queue.enqueue, Task("f", (value,)))
+        assert caught.value.where == where
+        assert where in str(caught.value)
+        assert await call(queue.count_tasks) == 0
+
+    async def test_the_place_in_a_keyword_argument_is_named(self, queue: Any) -> None:
+        with pytest.raises(SerializationError) as caught:
+            await call(queue.enqueue, Task("f", kwargs={"size": [1, {2}, object()]}))
+        assert caught.value.where == "kwargs['size'][2]"
+
+    async def test_the_metadata_of_a_task_travel_too(self, queue: Any) -> None:
+        metadata = {"trace": (1, 2), "when": datetime(2026, 3, 1, tzinfo=UTC)}
+        await call(queue.enqueue, Task("f", metadata=metadata))
+        assert (await claim(queue)).metadata == metadata
+
+    @pytest.mark.parametrize(
+        "value",
+        [
+            10**5000,
+            "lone \ud800 surrogate",
+            datetime(2026, 10, 25, 2, 30, tzinfo=BERLIN),
+            datetime(2026, 10, 25, 2, 30, fold=1, tzinfo=BERLIN),
+            datetime(2026, 3, 1, 12, tzinfo=BERLIN),
+            bytearray(b"abc"),
+            http.HTTPStatus.OK,
+        ],
+        ids=[
+            "huge integer",
+            "lone surrogate",
+            "first of an hour that comes twice",
+            "second of an hour that comes twice",
+            "named zone",
+            "bytearray",
+            "integer of an enum",
+        ],
+    )
+    async def test_a_doubtful_value_comes_back_equal_or_is_refused(
+        self, queue: Any, value: Any
+    ) -> None:
+        try:
+            await call(queue.enqueue, Task("f", (value,)))
+        except SerializationError:
+            assert await call(queue.count_tasks) == 0
+        else:
+            assert (await claim(queue)).args[0] == value
+
+    async def test_a_value_that_holds_itself_is_refused(self, queue: Any) -> None:
+        value: list[Any] = []
+        value.append(value)
+        with pytest.raises(SerializationError):
+            await call(queue.enqueue, Task("f", (value,)))
+
+    async def test_a_value_that_is_nested_too_deep_is_refused(self, queue: Any) -> None:
+        value: list[Any] = []
+        for _ in range(100_000):
+            value = [value]
+        try:
+            with pytest.raises(SerializationError):
+                await call(queue.enqueue, Task("f", (value,)))
+        finally:
+            while value:
+                value = value.pop()
+
+    async def test_one_bad_task_among_many_adds_none(self, queue: Any) -> None:
+        with pytest.raises(SerializationError):
+            await call(queue.enqueue_many, [Task("f"), Task("g", (object(),))])
+        assert await call(queue.count_tasks) == 0
+
+    async def test_values_are_json_text_in_the_file(self, api: Api, queue: Any) -> None:
+        when = datetime(2026, 3, 1, 12, tzinfo=UTC)
+        await call(queue.enqueue, Task("f", (when, 7), {"a": None}))
+        (row,) = read_rows(api.path, "SELECT args, kwargs FROM omniq_task")
+        assert json.loads(row["args"]) == [
+            {"$datetime": "2026-03-01T12:00:00+00:00"},
+            7,
+        ]
+        assert json.loads(row["kwargs"]) == {"a": None}
+
+    async def test_nothing_named_in_a_payload_is_imported(
+        self, api: Api, queue: Any
+    ) -> None:
+        await call(queue.enqueue, Task("f", ("x",)))
+        payload = '[{"$object": "antigravity.x"}, {"$antigravity": 1}]'
+        with raw(api.path) as connection:
+            connection.execute("UPDATE omniq_task SET args = ?", [payload])
+        with contextlib.suppress(OmniQError):
+            await call(queue.list_tasks)
+        assert "antigravity" not in sys.modules
+
+    async def test_other_types_travel_through_a_serializer_of_ones_own(
+        self, api: Api
+    ) -> None:
+        backend = api.backend(serializer=ComplexNumbers())
+        task_id = await call(backend.enqueue, Task("f", (1 + 2j,), {"k": [3j]}))
+        task = await claim(backend.queue)
+        assert task.args == (1 + 2j,)
+        assert task.kwargs == {"k": [3j]}
+        await call(backend.complete, task, {"sum": 4j})
+        assert (await call(backend.result, task_id, timeout=0)).value == {"sum": 4j}
+
+    async def test_what_such_a_serializer_refuses_is_refused_at_enqueue(
+        self, api: Api
+    ) -> None:
+        queue = api.queue(serializer=ComplexNumbers())
+        with pytest.raises(SerializationError, match="what is object"):
+            await call(queue.enqueue, Task("f", (object(),)))
+        assert await call(queue.count_tasks) == 0
+
+    async def test_a_serializer_without_both_methods_is_refused(self, api: Api) -> None:
+        with pytest.raises(ValueError, match="serializer"):
+            api.queue(serializer=object())
+
+    async def test_a_result_that_cannot_be_serialized_is_refused(
+        self, results: Any
+    ) -> None:
+        with pytest.raises(SerializationError) as caught:
+            await call(
+                results.store, TaskResult("a1", ResultStatus.SUCCESS, [0, object()])
+            )
+        assert caught.value.where == "value[1]"
+        assert await call(results.get, "a1") is None
+
+
+# =============================================================================
+# Task
+# =============================================================================
+
+OUT_OF_RANGE: list[tuple[dict[str, Any], str, str, str]] = [
+    ({"func": ""}, "func", "string", "''"),
+    ({"func": 7}, "func", "string", "7"),
+    ({"func": "a\0b"}, "func", "NUL", r"'a\x00b'"),
+    ({"args": 7}, "args", "tuple", "7"),
+    ({"kwargs": [1]}, "kwargs", "mapping", "[1]"),
+    ({"queue": ""}, "queue", "string", "''"),
+    ({"priority": 1.5}, "priority", "integer", "1.5"),
+    ({"priority": True}, "priority", "integer", "True"),
+    ({"priority": 2**63}, "priority", "integer", "9223372036854775808"),
+    ({"priority": 10**5000}, "priority", "integer", "not "),
+    ({"run_at": NAIVE}, "run_at", "aware", "datetime.datetime(2026"),
+    ({"run_at": 1.5}, "run_at", "aware", "1.5"),
+    ({"expires_at": NAIVE}, "expires_at", "aware", "datetime.datetime("),
+    ({"max_attempts": 0}, "max_attempts", "1", "not 0"),
+    ({"retry_delay": -1.0}, "retry_delay", "0", "-1.0"),
+    ({"retry_delay": float("nan")}, "retry_delay", "number", "nan"),
+    ({"timeout": 0.0}, "timeout", "number", "not 0.0"),
+    ({"timeout": float("inf")}, "timeout", "number", "inf"),
+    ({"unique_key": ""}, "unique_key", "string", "''"),
+    ({"unique_key": "\ud800"}, "unique_key", "surrogates", r"'\ud800'"),
+    ({"metadata": 7}, "metadata", "mapping", "7"),
+    ({"id": ""}, "id", "string", "''"),
+]
+
+
+class TestTask:
+    def test_it_takes_what_the_contract_says(self) -> None:
+        parameters = inspect.signature(Task).parameters
+        assert list(parameters)[:13] == [
+            "func",
+            "args",
+            "kwargs",
+            "queue",
+            "priority",
+            "run_at",
+            "expires_at",
+            "max_attempts",
+            "retry_delay",
+            "timeout",
+            "unique_key",
+            "metadata",
+            "id",
+        ]
+        assert [n for n, p in parameters.items() if p.kind is not p.KEYWORD_ONLY] == [
+            "func",
+            "args",
+            "kwargs",
+        ]
+
+    def test_it_has_the_defaults_of_the_contract(self) -> None:
+        task = Task("f")
+        assert (task.args, task.kwargs, task.metadata) == ((), {}, {})
+        assert (task.queue, task.priority) == ("default", 0)
+        assert (task.run_at, task.expires_at, task.timeout) == (None, None, None)
+        assert (task.max_attempts, task.retry_delay) == (3, 1.0)
+        assert task.unique_key is None
+        assert (task.status, task.attempt, task.created_at) == (None, 0, None)
+        assert (task.lease_until, task.lease_id, task.worker) == (None, None, None)
+        assert (task.error, task.progress) == (None, None)
+
+    def test_its_id_is_a_uuid_of_version_7_in_hex(self) -> None:
+        task_id = Task("f").id
+        assert re.fullmatch("[0-9a-f]{32}", task_id)
+        parsed = UUID(task_id)
+        assert (parsed.version, parsed.variant) == (7, "specified in RFC 4122")
+        assert abs((parsed.int >> 80) / 1000 - time.time()) < 60
+
+    def test_ids_are_distinct_and_ascend(self) -> None:
+        ids = [Task("f").id for _ in range(1_000)]
+        assert ids == sorted(set(ids))
+
+    def test_it_hashes_by_its_id(self) -> None:
+        one = Task("f", id="a1")
+        other = Task("g", ([],), {"a": []}, id="a1")
+        assert hash(one) == hash(other)
+        assert len({one, Task("f", id="b2")}) == 2
+
+    def test_it_is_frozen(self) -> None:
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            Task("f").queue = "other"  # type: ignore[misc]
+
+    def test_it_can_be_changed_by_replace(self) -> None:
+        assert dataclasses.replace(Task("f"), queue="other").queue == "other"
+
+    def test_it_pickles(self) -> None:
+        task = Task("f", (1,), {"a": 2}, run_at=at(5))
+        assert pickled(task) == task
+
+    @pytest.mark.parametrize(
+        ("arguments", "name", "rule", "value"),
+        OUT_OF_RANGE,
+        ids=[f"{next(iter(a))}={v}" for a, _, _, v in OUT_OF_RANGE],
+    )
+    def test_a_value_out_of_range_is_refused_by_name_rule_and_value(
+        self, arguments: dict[str, Any], name: str, rule: str, value: str
+    ) -> None:
+        with pytest.raises(ValueError, match=name) as caught:
+            Task(**{"func": "f", **arguments})
+        assert rule in str(caught.value)
+        assert value in str(caught.value)
+
+    async def test_everything_given_comes_back(self, queue: Any) -> None:
+        given_task = Task(
+            "f",
+            (1,),
+            {"a": 2},
+            queue="mail",
+            priority=-5,
+            run_at=at(0.25),
+            expires_at=at(60.5),
+            max_attempts=7,
+            retry_delay=2.5,
+            timeout=9.75,
+            unique_key="k",
+            metadata={"who": "me"},
+            id="a1",
+        )
+        await call(queue.enqueue, given_task)
+        task = await get(queue, "a1")
+        assert dataclasses.replace(task, status=None, created_at=None) == given_task
+        assert task.status == "scheduled"
+        assert task.created_at == at(0)
+
+    async def test_what_the_queue_sets_is_ignored_on_enqueue(self, queue: Any) -> None:
+        task = Task(
+            "f",
+            id="a1",
+            status=TaskStatus.FAILED,
+            attempt=9,
+            created_at=at(-500),
+            lease_until=at(500),
+            lease_id="mine",
+            worker="w9",
+            error="no",
+            progress=[1],
+        )
+        await call(queue.enqueue, task)
+        found = await get(queue, "a1")
+        assert (found.status, found.attempt) == ("pending", 0)
+        assert found.created_at == at(0)
+        assert (found.lease_until, found.lease_id) == (None, None)
+        assert (found.worker, found.error, found.progress) == (None, None, None)
+
+    async def test_a_claimed_task_can_be_enqueued_anew_under_another_id(
+        self, queue: Any
+    ) -> None:
+        await call(queue.enqueue, Task("f", ("x",), id="a1"))
+        task = await claim(queue, worker="w1")
+        await call(queue.enqueue, dataclasses.replace(task, id="b2"))
+        found = await get(queue, "b2")
+        assert (found.status, found.attempt, found.args) == ("pending", 0, ("x",))
+
+
+class TestOrder:
+    async def test_the_higher_priority_goes_first(self, queue: Any) -> None:
+        for name, priority in [("low", -1), ("high", 5), ("normal", 0)]:
+            await call(queue.enqueue, Task(name, priority=priority))
+        assert await claim_names(queue) == ["high", "normal", "low"]
+
+    async def test_within_one_priority_the_first_in_goes_first(
+        self, queue: Any
+    ) -> None:
+        for name in "abc":
+            await call(queue.enqueue, Task(name, priority=3))
+        assert await claim_names(queue) == ["a", "b", "c"]
+
+    async def test_in_is_the_order_of_insertion_not_of_ids(self, queue: Any) -> None:
+        await call(queue.enqueue, Task("first", id="z"))
+        await call(queue.enqueue_many, [Task("second", id="m"), Task("third", id="a")])
+        assert await claim_names(queue) == ["first", "second", "third"]
+
+    async def test_a_delayed_task_keeps_its_place(
+        self, queue: Any, clock: Clock
+    ) -> None:
+        await call(queue.enqueue, Task("first"), delay=10.0)
+        await call(queue.enqueue, Task("second", run_at=at(5)))
+        await call(queue.enqueue, Task("third"))
+        clock.advance(10)
+        assert await claim_names(queue) == ["first", "second", "third"]
+
+    async def test_a_retried_task_keeps_its_place(self, queue: Any) -> None:
+        await call(queue.enqueue, Task("first"))
+        task = await claim(queue)
+        await call(queue.enqueue, Task("second"))
+        await call(queue.fail, task, "no", delay=0.0)
+        assert await claim_names(queue) == ["first", "second"]
+
+    async def test_a_task_retried_by_hand_keeps_its_place(self, queue: Any) -> None:
+        task_id = await make_failed(queue, Task("first"))
+        await call(queue.enqueue, Task("second"))
+        await call(queue.retry, task_id)
+        assert await claim_names(queue) == ["first", "second"]
+
+    async def test_a_released_task_keeps_its_place(self, queue: Any) -> None:
+        await call(queue.enqueue, Task("first"))
+        task = await claim(queue)
+        await call(queue.enqueue, Task("second"))
+        await call(queue.release, task)
+        assert await claim_names(queue) == ["first", "second"]
+
+    async def test_a_task_whose_lease_ended_keeps_its_place(
+        self, queue: Any, clock: Clock
+    ) -> None:
+        await call(queue.enqueue, Task("first"))
+        await claim(queue, lease=10.0)
+        await call(queue.enqueue, Task("second"))
+        clock.advance(11)
+        assert await claim_names(queue) == ["first", "second"]
+
+    async def test_the_order_of_insertion_outlives_deleted_tasks(
+        self, queue: Any
+    ) -> None:
+        # SQLite gives the greatest row number again once its row is deleted.
+        await call(queue.enqueue_many, [Task("first"), Task("gone", priority=1)])
+        await call(queue.complete, await claim(queue))
+        await call(queue.enqueue_many, [Task("second"), Task("third")])
+        assert await claim_names(queue) == ["first", "second", "third"]
+
+    async def test_a_preferred_queue_wins_over_any_priority_in_a_later_one(
+        self, queue: Any
+    ) -> None:
+        await call(queue.enqueue, Task("urgent", queue="later", priority=1_000))
+        await call(queue.enqueue, Task("plain", queue="preferred", priority=-1_000))
+        assert await claim_names(queue, ["preferred", "later"]) == ["plain", "urgent"]
+
+
+class TestTimes:
+    async def test_a_delayed_task_is_not_handed_out_before_its_time(
+        self, queue: Any, clock: Clock
+    ) -> None:
+        task_id = await call(queue.enqueue, Task("f"), delay=10.0)
+        assert await get_status(queue, task_id) == "scheduled"
+        clock.advance(9.999)
+        assert await call(queue.dequeue) is None
+        clock.advance(0.001)
+        assert (await claim(queue)).id == task_id
+
+    async def test_run_at_is_the_earliest_time(self, queue: Any, clock: Clock) -> None:
+        await call(queue.enqueue, Task("f", run_at=at(60)))
+        clock.advance(59)
+        assert await call(queue.dequeue) is None
+        clock.advance(1)
+        assert (await claim(queue)).run_at == at(60)
+
+    async def test_a_run_at_in_the_past_is_at_once(self, queue: Any) -> None:
+        task_id = await call(queue.enqueue, Task("f", run_at=at(-60)))
+        assert await get_status(queue, task_id) == "pending"
+
+    async def test_run_at_counts_in_any_time_zone(
+        self, queue: Any, clock: Clock
+    ) -> None:
+        zone = timezone(timedelta(hours=5, minutes=45))
+        await call(queue.enqueue, Task("f", run_at=at(60).astimezone(zone)))
+        clock.advance(59)
+        assert await call(queue.dequeue) is None
+        clock.advance(1)
+        assert (await claim(queue)).run_at == at(60)
+
+    async def test_times_come_back_aware_and_in_utc(self, queue: Any) -> None:
+        await call(queue.enqueue, Task("f", run_at=at(0), expires_at=at(9)))
+        task = await claim(queue)
+        for instant in (
+            task.created_at,
+            task.run_at,
+            task.expires_at,
+            task.lease_until,
+            task.started_at,
+        ):
+            assert instant is not None
+            assert instant.utcoffset() == timedelta(0)
+
+    async def test_a_task_past_its_expiry_is_never_handed_out(
+        self, queue: Any, clock: Clock
+    ) -> None:
+        task_id = await call(queue.enqueue, Task("f", expires_at=at(10)))
+        clock.advance(10.001)
+        assert await call(queue.dequeue) is None
+        assert await get_status(queue, task_id) == "expired"
+        assert (await get(queue, task_id)).finished_at == at(10.001)
+
+    async def test_none_of_very_many_expired_tasks_is_handed_out(
+        self, queue: Any, clock: Clock
+    ) -> None:
+        tasks = [Task("f", expires_at=at(5)) for _ in range(1_200)]
+        await call(queue.enqueue_many, tasks)
+        await call(queue.enqueue, Task("g", priority=-1))
+        clock.advance(6)
+        assert await claim_names(queue) == ["g"]
+        assert await call(queue.dequeue_many, 2_000) == []
+        assert await call(queue.count_tasks, status="expired") == 1_200
+
+    async def test_a_task_before_its_expiry_is_handed_out(
+        self, queue: Any, clock: Clock
+    ) -> None:
+        await call(queue.enqueue, Task("f", expires_at=at(10)))
+        clock.advance(9.999)
+        await claim(queue)
+
+    async def test_a_task_that_was_claimed_in_time_may_end_after_its_expiry(
+        self, queue: Any, clock: Clock
+    ) -> None:
+        await call(queue.enqueue, Task("f", expires_at=at(10)))
+        task = await claim(queue)
+        clock.advance(20)
+        await call(queue.complete, await call(queue.extend, task))
+        assert await call(queue.count_tasks) == 0
+
+    async def test_a_delayed_task_expires_while_it_waits(
+        self, queue: Any, clock: Clock
+    ) -> None:
+        task_id = await call(queue.enqueue, Task("f", expires_at=at(10)), delay=100.0)
+        clock.advance(11)
+        assert await call(queue.dequeue) is None
+        assert await get_status(queue, task_id) == "expired"
+
+    async def test_a_retry_after_its_expiry_never_runs(
+        self, queue: Any, clock: Clock
+    ) -> None:
+        task_id = await call(queue.enqueue, Task("f", expires_at=at(10)))
+        await call(queue.fail, await claim(queue), "no", delay=20.0)
+        clock.advance(21)
+        assert await call(queue.dequeue) is None
+        assert await get_status(queue, task_id) == "expired"
+
+    async def test_a_task_that_is_expired_when_it_comes_never_runs(
+        self, queue: Any
+    ) -> None:
+        task_id = await call(queue.enqueue, Task("f", expires_at=at(-1)))
+        assert await call(queue.dequeue) is None
+        assert await get_status(queue, task_id) == "expired"
+
+
+class TestUniqueKey:
+    async def test_a_second_task_with_the_key_adds_nothing(self, queue: Any) -> None:
+        first = await call(queue.enqueue, Task("f", (1,), unique_key="k"))
+        second = await call(queue.enqueue, Task("g", (2,), unique_key="k"))
+        assert second == first
+        assert await claim_names(queue) == ["f"]
+
+    async def test_a_scheduled_task_holds_its_key(self, queue: Any) -> None:
+        first = await call(queue.enqueue, Task("f", unique_key="k"), delay=10.0)
+        assert await call(queue.enqueue, Task("f", unique_key="k")) == first
+        assert await call(queue.count_tasks) == 1
+
+    async def test_a_running_task_holds_its_key(self, queue: Any) -> None:
+        first = await call(queue.enqueue, Task("f", unique_key="k"))
+        await claim(queue)
+        assert await call(queue.enqueue, Task("f", unique_key="k")) == first
+        assert await call(queue.count_tasks) == 1
+
+    async def test_a_task_between_attempts_holds_its_key(self, queue: Any) -> None:
+        first = await call(queue.enqueue, Task("f", unique_key="k"))
+        await call(queue.fail, await claim(queue), "no")
+        assert await call(queue.enqueue, Task("f", unique_key="k")) == first
+
+    async def test_another_queue_has_its_own_keys(self, queue: Any) -> None:
+        first = await call(queue.enqueue, Task("f", unique_key="k"))
+        second = await call(queue.enqueue, Task("f", queue="other", unique_key="k"))
+        assert second != first
+        assert await call(queue.count_tasks) == 2
+
+    async def test_another_key_is_another_task(self, queue: Any) -> None:
+        await call(queue.enqueue, Task("f", unique_key="k"))
+        await call(queue.enqueue, Task("f", unique_key="K"))
+        await call(queue.enqueue, Task("f"))
+        await call(queue.enqueue, Task("f"))
+        assert await call(queue.count_tasks) == 4
+
+    async def test_a_completed_task_frees_its_key(self, queue: Any) -> None:
+        first = await call(queue.enqueue, Task("f", unique_key="k"))
+        await call(queue.complete, await claim(queue))
+        assert await call(queue.enqueue, Task("f", unique_key="k")) != first
+
+    async def test_a_kept_completed_task_holds_no_key(self, api: Api) -> None:
+        queue = api.queue(retention=60.0)
+        first = await call(queue.enqueue, Task("f", unique_key="k"))
+        await call(queue.complete, await claim(queue))
+        assert await call(queue.enqueue, Task("f", unique_key="k")) != first
+
+    async def test_a_failed_task_frees_its_key(self, queue: Any) -> None:
+        first = await make_failed(queue, Task("f", unique_key="k"))
+        assert await call(queue.enqueue, Task("f", unique_key="k")) != first
+
+    async def test_cancelling_a_running_task_frees_its_key_at_once(
+        self, queue: Any
+    ) -> None:
+        first = await call(queue.enqueue, Task("f", unique_key="k"))
+        await claim(queue)
+        await call(queue.cancel, first)
+        second = await call(queue.enqueue, Task("f", unique_key="k"))
+        assert second != first
+        assert (await claim(queue)).id == second
+
+    async def test_the_key_is_looked_at_before_the_id(self, queue: Any) -> None:
+        await call(queue.enqueue, Task("f", id="a1", unique_key="k"))
+        same = Task("f", id="a1", unique_key="k")
+        assert await call(queue.enqueue, same) == "a1"
+        await call(queue.enqueue, Task("f", id="b2"))
+        assert await call(queue.enqueue, Task("f", id="b2", unique_key="k")) == "a1"
+
+    async def test_an_id_that_exists_without_the_key_is_a_duplicate(
+        self, queue: Any
+    ) -> None:
+        await call(queue.enqueue, Task("f", id="a1", unique_key="k"))
+        with pytest.raises(DuplicateTaskError) as caught:
+            await call(queue.enqueue, Task("f", id="a1", unique_key="other"))
+        assert caught.value.task_id == "a1"
+
+    async def test_the_same_key_twice_in_one_call_adds_one(self, queue: Any) -> None:
+        one, two, three = await call(
+            queue.enqueue_many,
+            [Task("f", unique_key="k"), Task("g"), Task("h", unique_key="k")],
+        )
+        assert one == three != two
+        assert await claim_names(queue) == ["f", "g"]
+
+    async def test_an_expired_holder_is_settled_and_swallows_nothing(
+        self, queue: Any, clock: Clock
+    ) -> None:
+        first = await call(queue.enqueue, Task("f", expires_at=at(5), unique_key="k"))
+        clock.advance(6)
+        second = await call(queue.enqueue, Task("g", unique_key="k"))
+        assert second != first
+        assert await get_status(queue, first) == "expired"
+        assert await claim_names(queue) == ["g"]
+
+    async def test_an_expired_delayed_holder_swallows_nothing(
+        self, queue: Any, clock: Clock
+    ) -> None:
+        first = await call(
+            queue.enqueue, Task("f", expires_at=at(5), unique_key="k"), delay=100.0
+        )
+        clock.advance(6)
+        assert await call(queue.enqueue, Task("g", unique_key="k")) != first
+        assert await get_status(queue, first) == "expired"
+
+    async def test_a_holder_whose_last_lease_ended_swallows_nothing(
+        self, queue: Any, clock: Clock
+    ) -> None:
+        first = await call(queue.enqueue, Task("f", max_attempts=1, unique_key="k"))
+        await claim(queue, lease=5.0)
+        clock.advance(6)
+        second = await call(queue.enqueue, Task("g", unique_key="k"))
+        assert second != first
+        assert await get_status(queue, first) == "failed"
+        assert await claim_names(queue) == ["g"]
+
+    async def test_a_holder_whose_lease_ended_with_attempts_left_keeps_its_key(
+        self, queue: Any, clock: Clock
+    ) -> None:
+        first = await call(queue.enqueue, Task("f", max_attempts=2, unique_key="k"))
+        await claim(queue, lease=5.0)
+        clock.advance(6)
+        assert await call(queue.enqueue, Task("g", unique_key="k")) == first
+        assert await claim_names(queue) == ["f"]
+
+    async def test_a_dead_holder_is_settled_in_a_bulk_enqueue_too(
+        self, queue: Any, clock: Clock
+    ) -> None:
+        first = await call(queue.enqueue, Task("f", expires_at=at(5), unique_key="k"))
+        clock.advance(6)
+        ids = await call(
+            queue.enqueue_many, [Task("g", unique_key="k"), Task("h", unique_key="k")]
+        )
+        assert ids[0] == ids[1] != first
+        assert await claim_names(queue) == ["g"]
+
+    async def test_a_dead_holder_stays_when_the_transaction_fails(
+        self, queue: Any, clock: Clock
+    ) -> None:
+        await call(queue.enqueue, Task("x", queue="other", id="b2"))
+        first = await call(queue.enqueue, Task("f", expires_at=at(5), unique_key="k"))
+        clock.advance(6)
+        with pytest.raises(DuplicateTaskError):
+            await call(
+                queue.enqueue_many, [Task("g", unique_key="k"), Task("h", id="b2")]
+            )
+        assert await get_status(queue, first) == "pending"
+
+    async def test_keys_of_two_objects_are_the_same(self, api: Api) -> None:
+        first = await call(api.queue().enqueue, Task("f", unique_key="k"))
+        assert await call(api.queue().enqueue, Task("f", unique_key="k")) == first
+
+    async def test_two_processes_share_the_keys(self, api: Api, queue: Any) -> None:
+        first = await call(queue.enqueue, Task("f", unique_key="k"))
+        found = run_child(
+            """
+            import sys
+            from omniq_sqlite import SQLiteQueue, Task
+            with SQLiteQueue(sys.argv[1], clock=lambda: 1_800_000_000.0) as queue:
+                print(queue.enqueue(Task("f", unique_key="k")))
+            """,
+            api.path,
+        )
+        assert found == first
+
+    async def test_many_at_once_add_one(self, api: Api, queue: Any) -> None:
+        ids = await asyncio.gather(
+            *(aside(queue.enqueue, Task("f", unique_key="k")) for _ in range(20))
+        )
+        assert len(set(ids)) == 1
+        assert await call(queue.count_tasks) == 1
+
+
+# =============================================================================
+# Queue
+# =============================================================================
+
+
+class TestEnqueue:
+    async def test_it_returns_the_id(self, queue: Any) -> None:
+        assert await call(queue.enqueue, Task("f", id="a1")) == "a1"
+
+    async def test_it_is_in_the_file_when_it_returns(
+        self, api: Api, queue: Any
+    ) -> None:
+        await call(queue.enqueue, Task("f", id="a1"))
+        rows = read_rows(api.path, "SELECT id, status FROM omniq_task_view")
+        assert rows == [{"id": "a1", "status": "pending"}]
+
+    async def test_an_id_that_exists_is_a_duplicate(self, queue: Any) -> None:
+        await call(queue.enqueue, Task("f", id="a1"))
+        with pytest.raises(DuplicateTaskError) as caught:
+            await call(queue.enqueue, Task("g", id="a1"))
+        assert caught.value.task_id == "a1"
+        assert await claim_names(queue) == ["f"]
+
+    async def test_an_id_of_a_finished_task_that_is_kept_exists(
+        self, queue: Any
+    ) -> None:
+        await make_failed(queue, Task("f", id="a1"))
+        with pytest.raises(DuplicateTaskError):
+            await call(queue.enqueue, Task("g", id="a1"))
+
+    @pytest.mark.parametrize("delay", [-0.1, float("nan"), float("inf"), "soon"])
+    async def test_a_delay_out_of_range_is_refused(
+        self, queue: Any, delay: Any
+    ) -> None:
+        with pytest.raises(ValueError, match="delay") as caught:
+            await call(queue.enqueue, Task("f"), delay=delay)
+        assert repr(delay) in str(caught.value)
+        assert await call(queue.count_tasks) == 0
+
+
+class TestEnqueueMany:
+    async def test_it_returns_the_ids_in_order(self, queue: Any) -> None:
+        tasks = [Task("f", id="z"), Task("g", id="a"), Task("h", id="m")]
+        assert await call(queue.enqueue_many, tasks) == ["z", "a", "m"]
+        assert await claim_names(queue) == ["f", "g", "h"]
+
+    async def test_it_takes_any_iterable(self, queue: Any) -> None:
+        tasks = (Task(name) for name in "abc")
+        assert len(await call(queue.enqueue_many, tasks)) == 3
+
+    async def test_nothing_gives_nothing(self, queue: Any) -> None:
+        assert await call(queue.enqueue_many, []) == []
+
+    async def test_it_is_all_or_nothing(self, queue: Any) -> None:
+        await call(queue.enqueue, Task("f", id="a1"))
+        with pytest.raises(DuplicateTaskError) as caught:
+            await call(queue.enqueue_many, [Task("g"), Task("h", id="a1"), Task("i")])
+        assert caught.value.task_id == "a1"
+        assert await claim_names(queue) == ["f"]
+
+    async def test_the_same_id_twice_is_a_duplicate(self, queue: Any) -> None:
+        with pytest.raises(DuplicateTaskError):
+            await call(queue.enqueue_many, [Task("f", id="a1"), Task("g", id="a1")])
+        assert await call(queue.count_tasks) == 0
+
+    async def test_it_respects_run_at(self, queue: Any) -> None:
+        await call(queue.enqueue_many, [Task("later", run_at=at(10)), Task("now")])
+        assert await claim_names(queue) == ["now"]
+
+    async def test_others_fail_alone_beside_it(self, queue: Any) -> None:
+        await call(queue.enqueue, Task("f", id="a1"))
+        outcomes = await asyncio.gather(
+            *(
+                aside(queue.enqueue, Task("g", id="a1" if n % 5 == 0 else f"n{n}"))
+                for n in range(20)
+            ),
+            return_exceptions=True,
+        )
+        failed = [o for o in outcomes if isinstance(o, DuplicateTaskError)]
+        assert len(failed) == 4
+        assert await call(queue.count_tasks) == 17
+
+
+class TestDequeue:
+    async def test_it_claims_one_task(self, queue: Any) -> None:
+        await call(queue.enqueue, Task("f", ("x",), {"k": 1}, id="a1"))
+        task = await claim(queue, lease=30.0, worker="w1")
+        assert (task.id, task.func, task.args, task.kwargs) == (
+            "a1",
+            "f",
+            ("x",),
+            {"k": 1},
+        )
+        assert (task.status, task.attempt, task.worker) == ("running", 1, "w1")
+        assert task.lease_until == at(30)
+        assert task.lease_id
+        assert dataclasses.asdict(await get(queue, "a1")) == dataclasses.asdict(task)
+
+    async def test_a_lease_is_a_minute_unless_told_otherwise(self, queue: Any) -> None:
+        await call(queue.enqueue, Task("f"))
+        task = await claim(queue)
+        assert task.lease_until == at(60)
+        assert task.worker is None
+
+    async def test_nothing_there_is_none(self, queue: Any) -> None:
+        assert await call(queue.dequeue) is None
+
+    async def test_a_claimed_task_is_handed_out_once(self, queue: Any) -> None:
+        await call(queue.enqueue, Task("f"))
+        await claim(queue)
+        assert await call(queue.dequeue) is None
+
+    async def test_only_the_named_queue_is_looked_at(self, queue: Any) -> None:
+        await call(queue.enqueue, Task("f", queue="mail"))
+        assert await call(queue.dequeue) is None
+        assert await call(queue.dequeue, ["default", "other"]) is None
+        assert (await claim(queue, "mail")).queue == "mail"
+
+    async def test_a_queue_named_twice_is_harmless(self, queue: Any) -> None:
+        await call(queue.enqueue, Task("f"))
+        assert await claim_names(queue, ("default", "default")) == ["f"]
+
+    async def test_every_claim_gets_a_new_lease_id(self, queue: Any) -> None:
+        await call(queue.enqueue_many, [Task("f"), Task("g")])
+        seen = set()
+        for _ in range(5):
+            for task in await call(queue.dequeue_many, 2):
+                seen.add(task.lease_id)
+                await call(queue.release, task)
+        assert len(seen) == 10
+
+    async def test_a_task_whose_lease_ended_is_claimable_with_its_attempt_counted(
+        self, queue: Any, clock: Clock
+    ) -> None:
+        await call(queue.enqueue, Task("f"))
+        first = await claim(queue, lease=10.0, worker="w1")
+        clock.advance(9.999)
+        assert await call(queue.dequeue) is None
+        clock.advance(0.002)
+        second = await claim(queue, worker="w2")
+        assert (second.id, second.attempt, second.worker) == (first.id, 2, "w2")
+        assert second.lease_id != first.lease_id
+        assert "lease" in (second.error or "")
+
+    async def test_out_of_attempts_it_fails_with_an_error_that_says_so(
+        self, queue: Any, clock: Clock
+    ) -> None:
+        task_id = await call(queue.enqueue, Task("f", max_attempts=2))
+        for _ in range(2):
+            await claim(queue, lease=10.0)
+            clock.advance(11)
+        assert await call(queue.dequeue) is None
+        task = await get(queue, task_id)
+        assert (task.status, task.attempt) == ("failed", 2)
+        assert "lease" in (task.error or "")
+        assert "attempts" in (task.error or "")
+        assert task.finished_at == at(22)
+
+    async def test_max_attempts_of_one_is_at_most_once(
+        self, queue: Any, clock: Clock
+    ) -> None:
+        await call(queue.enqueue, Task("f", max_attempts=1))
+        await claim(queue, lease=10.0)
+        clock.advance(11)
+        assert await call(queue.dequeue) is None
+
+    async def test_many_ended_leases_are_settled(
+        self, queue: Any, clock: Clock
+    ) -> None:
+        await call(queue.enqueue_many, [Task("f", max_attempts=1) for _ in range(700)])
+        assert len(await call(queue.dequeue_many, 700, lease=10.0)) == 700
+        await call(queue.enqueue, Task("g"))
+        clock.advance(11)
+        assert await claim_names(queue) == ["g"]
+        for _ in range(20):
+            await call(queue.dequeue)
+        assert await call(queue.count_tasks, status="failed") == 700
+
+    async def test_a_timeout_that_runs_out_gives_none(self, queue: Any) -> None:
+        begun = time.monotonic()
+        assert await aside(queue.dequeue, timeout=0.05) is None
+        assert 0.045 <= time.monotonic() - begun < 5.0
+
+    async def test_a_waiting_call_wakes_on_a_commit_of_the_same_object(
+        self, queue: Any
+    ) -> None:
+        waiting = started(aside(queue.dequeue, timeout=DEADLINE))
+        await settled_in()
+        begun = time.monotonic()
+        await call(queue.enqueue, Task("f"))
+        assert (await waiting).func == "f"
+        assert time.monotonic() - begun < 2.0
+
+    async def test_a_waiting_call_wakes_on_a_commit_of_another_object(
+        self, api: Api, queue: Any
+    ) -> None:
+        waiting = started(aside(queue.dequeue, timeout=DEADLINE))
+        await settled_in()
+        begun = time.monotonic()
+        await call(api.queue().enqueue, Task("f"))
+        assert (await waiting).func == "f"
+        assert time.monotonic() - begun < 2.0
+
+    async def test_a_waiting_call_wakes_on_a_commit_of_another_process(
+        self, api: Api
+    ) -> None:
+        queue = api.queue(clock=time.time)
+        waiting = started(aside(queue.dequeue, timeout=DEADLINE))
+        await settled_in()
+        sent = await asyncio.to_thread(
+            run_child,
+            """
+            import sys, time
+            from omniq_sqlite import SQLiteQueue, Task
+            with SQLiteQueue(sys.argv[1]) as queue:
+                queue.enqueue(Task("f"))
+                print(time.time())
+                time.sleep(0.5)
+            """,
+            api.path,
+        )
+        task = await waiting
+        assert task.started_at.timestamp() - float(sent) < 0.4
+
+    async def test_a_timeout_of_none_waits_for_ever(self, queue: Any) -> None:
+        waiting = started(aside(queue.dequeue, timeout=None))
+        await asyncio.sleep(0.2)
+        assert not waiting.done()
+        await call(queue.enqueue, Task("f"))
+        assert (await waiting).func == "f"
+
+    async def test_a_waiting_call_wakes_when_a_delayed_task_is_due(
+        self, api: Api
+    ) -> None:
+        queue = api.queue(clock=time.time)
+        await call(queue.enqueue, Task("f"), delay=0.1)
+        begun = time.monotonic()
+        assert (await aside(queue.dequeue, timeout=DEADLINE)).func == "f"
+        assert time.monotonic() - begun < 5.0
+
+    async def test_a_waiting_call_sees_a_clock_that_was_moved(
+        self, queue: Any, clock: Clock
+    ) -> None:
+        await call(queue.enqueue, Task("f"), delay=3600.0)
+        waiting = started(aside(queue.dequeue, timeout=DEADLINE))
+        await settled_in()
+        clock.advance(3600)
+        assert (await waiting).func == "f"
+
+    async def test_each_of_several_waiting_calls_gets_its_own_task(
+        self, queue: Any
+    ) -> None:
+        waiting = [started(aside(queue.dequeue, timeout=DEADLINE)) for _ in range(4)]
+        await settled_in()
+        await call(queue.enqueue_many, [Task("f", (n,)) for n in range(4)])
+        assert sorted([(await task).args[0] for task in waiting]) == [0, 1, 2, 3]
+
+    async def test_a_claim_whose_caller_has_gone_strands_nothing(
+        self, tmp_path: Path
+    ) -> None:
+        async with AsyncSQLiteQueue(tmp_path / "jobs.db") as queue:
+            await queue.count_tasks()
+            for number in range(30):
+                waiting = started(queue.dequeue(timeout=DEADLINE))
+                await asyncio.sleep(0.001 * (number % 4))
+                enqueuing = started(queue.enqueue(Task("f")))
+                await asyncio.sleep(0.0005 * (number % 5))
+                waiting.cancel()
+                await enqueuing
+                with contextlib.suppress(asyncio.CancelledError):
+                    await queue.complete(await waiting)
+            while task := await queue.dequeue():
+                assert task.attempt == 1
+                await queue.complete(task)
+            assert await queue.count_tasks() == 0
+
+    @pytest.mark.parametrize(
+        ("options", "name"),
+        [
+            ({"queues": []}, "queues"),
+            ({"queues": ""}, "queues"),
+            ({"queues": [""]}, "queues"),
+            ({"timeout": -1.0}, "timeout"),
+            ({"timeout": float("nan")}, "timeout"),
+            ({"lease": 0.0}, "lease"),
+            ({"lease": -1.0}, "lease"),
+            ({"lease": float("inf")}, "lease"),
+            ({"lease": None}, "lease"),
+            ({"worker": ""}, "worker"),
+            ({"worker": 7}, "worker"),
+        ],
+        ids=str,
+    )
+    async def test_an_argument_out_of_range_is_refused(
+        self, api: Api, options: dict[str, Any], name: str
+    ) -> None:
+        queue = api.queue(":memory:")
+        await call(queue.enqueue, Task("f"))
+        with pytest.raises(ValueError, match=name.removesuffix("s")):
+            await call(queue.dequeue, **options)
+        with pytest.raises(ValueError, match=name.removesuffix("s")):
+            await call(queue.dequeue_many, 1, **options)
+        assert await claim_names(queue) == ["f"]
+
+
+class TestDequeueMany:
+    async def test_it_claims_up_to_the_limit_in_order(self, queue: Any) -> None:
+        await call(queue.enqueue_many, [Task(name) for name in "abcde"])
+        await call(queue.enqueue, Task("first", priority=1))
+        claimed = await call(queue.dequeue_many, 4, worker="w1", lease=30.0)
+        assert [task.func for task in claimed] == ["first", "a", "b", "c"]
+        assert {task.worker for task in claimed} == {"w1"}
+        assert {task.lease_until for task in claimed} == {at(30)}
+        assert len({task.lease_id for task in claimed}) == 4
+
+    async def test_nothing_there_is_an_empty_list(self, queue: Any) -> None:
+        assert await call(queue.dequeue_many, 3) == []
+        assert await aside(queue.dequeue_many, 3, timeout=0.02) == []
+
+    async def test_it_fills_up_from_the_later_queues(self, queue: Any) -> None:
+        await call(queue.enqueue_many, [Task("a", queue="one", priority=-1)])
+        await call(queue.enqueue_many, [Task(n, queue="two") for n in "bcd"])
+        claimed = await call(queue.dequeue_many, 3, ["one", "two"])
+        assert [task.func for task in claimed] == ["a", "b", "c"]
+
+    async def test_it_returns_as_soon_as_there_is_one(self, queue: Any) -> None:
+        waiting = started(aside(queue.dequeue_many, 10, timeout=None))
+        await settled_in()
+        await call(queue.enqueue, Task("f"))
+        assert [task.func for task in await waiting] == ["f"]
+
+    @pytest.mark.parametrize("limit", [0, -1, 1.5, True, None])
+    async def test_a_limit_out_of_range_is_refused(
+        self, queue: Any, limit: Any
+    ) -> None:
+        with pytest.raises(ValueError, match="limit"):
+            await call(queue.dequeue_many, limit)
+
+
+class TestComplete:
+    async def test_the_row_is_deleted(self, api: Api, queue: Any) -> None:
+        task_id = await call(queue.enqueue, Task("f"))
+        await call(queue.complete, await claim(queue))
+        assert await call(queue.get_task, task_id) is None
+        assert read_rows(api.path, "SELECT id FROM omniq_task_view") == []
+
+    async def test_with_retention_it_is_kept_for_so_long(
+        self, api: Api, clock: Clock
+    ) -> None:
+        backend = api.backend(retention=60.0)
+        task_id = await call(backend.enqueue, Task("f"))
+        clock.advance(5)
+        await call(backend.queue.complete, await claim(backend.queue, worker="w1"))
+        task = await get(backend.queue, task_id)
+        assert (task.status, task.attempt, task.worker) == ("completed", 1, "w1")
+        assert task.finished_at == at(5)
+        assert (task.lease_id, task.lease_until, task.error) == (None, None, None)
+        clock.advance(59)
+        await call(backend.cleanup)
+        assert await get_status(backend.queue, task_id) == "completed"
+        clock.advance(1)
+        await call(backend.cleanup)
+        assert await call(backend.queue.get_task, task_id) is None
+
+    async def test_a_kept_task_is_never_handed_out_again(
+        self, api: Api, clock: Clock
+    ) -> None:
+        queue = api.queue(retention=1e6)
+        await call(queue.enqueue, Task("f", expires_at=at(1000)))
+        await call(queue.complete, await claim(queue))
+        clock.advance(2000)
+        assert await call(queue.dequeue) is None
+        assert await call(queue.count_tasks, status="completed") == 1
+
+    async def test_a_task_can_be_completed_once(self, queue: Any) -> None:
+        await call(queue.enqueue, Task("f", id="a1"))
+        task = await claim(queue)
+        await call(queue.complete, task)
+        with pytest.raises(LeaseLostError) as caught:
+            await call(queue.complete, task)
+        assert caught.value.task_ids == ["a1"]
+
+
+class TestCompleteMany:
+    async def test_it_completes_all(self, queue: Any) -> None:
+        await call(queue.enqueue_many, [Task("f") for _ in range(5)])
+        await call(queue.complete_many, iter(await call(queue.dequeue_many, 5)))
+        assert await call(queue.count_tasks) == 0
+
+    async def test_it_completes_what_it_may_and_then_names_the_rest(
+        self, queue: Any
+    ) -> None:
+        await call(queue.enqueue_many, [Task("f", id=name) for name in "abcd"])
+        claimed = await call(queue.dequeue_many, 4)
+        await call(queue.cancel, "b")
+        await call(queue.release, claimed[3])
+        with pytest.raises(LeaseLostError) as caught:
+            await call(queue.complete_many, claimed)
+        assert caught.value.task_ids == ["b", "d"]
+        left = {task.id: str(task.status) for task in await call(queue.list_tasks)}
+        assert left == {"b": "cancelled", "d": "pending"}
+
+    async def test_with_retention_they_are_kept(self, api: Api) -> None:
+        queue = api.queue(retention=60.0)
+        await call(queue.enqueue_many, [Task("f") for _ in range(3)])
+        await call(queue.complete_many, await call(queue.dequeue_many, 3))
+        assert await call(queue.count_tasks, status="completed") == 3
+
+    async def test_nothing_is_nothing(self, queue: Any) -> None:
+        assert await call(queue.complete_many, []) is None
+
+
+class TestFail:
+    async def test_it_is_scheduled_again_while_attempts_remain(
+        self, queue: Any
+    ) -> None:
+        task_id = await call(queue.enqueue, Task("f", max_attempts=2))
+        assert await call(queue.fail, await claim(queue), "disk full") == "scheduled"
+        task = await get(queue, task_id)
+        assert (task.status, task.attempt, task.error) == ("scheduled", 1, "disk full")
+        assert (task.lease_id, task.lease_until) == (None, None)
+
+    async def test_out_of_attempts_it_is_failed_and_kept(
+        self, queue: Any, clock: Clock
+    ) -> None:
+        task_id = await call(queue.enqueue, Task("f", max_attempts=2))
+        await call(queue.fail, await claim(queue), "one", delay=0.0)
+        task = await claim(queue)
+        assert (task.attempt, task.error) == (2, "one")
+        clock.advance(7)
+        assert await call(queue.fail, task, "two", delay=0.0) == "failed"
+        clock.advance(1e7)
+        assert await call(queue.dequeue) is None
+        task = await get(queue, task_id)
+        assert (task.status, task.attempt, task.error) == ("failed", 2, "two")
+        assert task.finished_at == at(7)
+
+    async def test_without_retry_it_is_failed_at_once(self, queue: Any) -> None:
+        await call(queue.enqueue, Task("f", max_attempts=5))
+        status = await call(queue.fail, await claim(queue), "no", retry=False)
+        assert status is TaskStatus.FAILED
+
+    async def test_an_exception_is_told_with_its_type(self, queue: Any) -> None:
+        task_id = await call(queue.enqueue, Task("f"))
+        await call(queue.fail, await claim(queue), ZeroDivisionError("by nought"))
+        error = (await get(queue, task_id)).error or ""
+        assert "ZeroDivisionError" in error
+        assert "by nought" in error
+
+    async def test_an_error_that_no_file_can_hold_is_kept_as_well_as_can_be(
+        self, queue: Any
+    ) -> None:
+        task_id = await call(queue.enqueue, Task("f"))
+        await call(queue.fail, await claim(queue), "odd \0 \ud800 " + "x" * 10**6)
+        error = (await get(queue, task_id)).error or ""
+        assert error.startswith("odd ")
+        assert "\0" not in error
+        assert len(error) < 100_000
+
+    async def test_a_delay_is_kept_to(self, queue: Any, clock: Clock) -> None:
+        await call(queue.enqueue, Task("f", retry_delay=1000.0))
+        await call(queue.fail, await claim(queue), "no", delay=5.0)
+        clock.advance(4.999)
+        assert await call(queue.dequeue) is None
+        clock.advance(0.001)
+        assert (await claim(queue)).attempt == 2
+
+    async def test_a_delay_of_nought_is_at_once(self, queue: Any) -> None:
+        await call(queue.enqueue, Task("f", retry_delay=1000.0))
+        assert await call(queue.fail, await claim(queue), "no", delay=0) == "scheduled"
+        assert (await claim(queue)).attempt == 2
+
+    async def test_the_delay_doubles_with_each_retry_up_to_an_hour(
+        self, queue: Any, clock: Clock
+    ) -> None:
+        await call(
+            queue.enqueue_many,
+            [Task("f", max_attempts=50, retry_delay=100.0) for _ in range(20)],
+        )
+        for expected in [100, 200, 400, 800, 1600, 3200, 3600, 3600]:
+            for task in await call(queue.dequeue_many, 20):
+                assert await call(queue.fail, task, "no") == "scheduled"
+            delays = [
+                task.run_at.timestamp() - clock.now
+                for task in await call(queue.list_tasks)
+            ]
+            assert expected == 3600 or len(set(delays)) > 1, "there is no jitter"
+            assert min(delays) >= expected * 0.5
+            assert max(delays) <= min(expected * 1.5, 3600) + 1e-3
+            clock.advance(3601)
+            assert await call(queue.count_tasks) == 20
+
+    async def test_a_long_first_delay_is_at_most_an_hour(
+        self, queue: Any, clock: Clock
+    ) -> None:
+        await call(queue.enqueue, Task("f", retry_delay=1e6))
+        await call(queue.fail, await claim(queue), "no")
+        clock.advance(3600.001)
+        await claim(queue)
+
+    async def test_the_thousandth_retry_works_like_the_first(self, api: Api) -> None:
+        queue = api.queue(":memory:")
+        for delay in (0.0, 1e-9, 1.0):
+            task_id = await call(
+                queue.enqueue, Task("f", max_attempts=2_000, retry_delay=delay)
+            )
+            for _ in range(1_100 if delay == 0.0 else 1):
+                await call(queue.fail, await claim(queue), "no", delay=0.0)
+            assert await call(queue.fail, await claim(queue), "no") == "scheduled"
+            await call(queue.cancel, task_id)
+
+    async def test_no_retry_delay_means_at_once(self, queue: Any) -> None:
+        await call(queue.enqueue, Task("f", retry_delay=0.0))
+        await call(queue.fail, await claim(queue), "no")
+        assert (await claim(queue)).attempt == 2
+
+    @pytest.mark.parametrize("delay", [-1.0, float("nan"), "soon"])
+    async def test_a_delay_out_of_range_is_refused(
+        self, queue: Any, delay: Any
+    ) -> None:
+        await call(queue.enqueue, Task("f"))
+        task = await claim(queue)
+        with pytest.raises(ValueError, match="delay"):
+            await call(queue.fail, task, "no", delay=delay)
+        await call(queue.complete, task)
+
+
+class TestRelease:
+    async def test_the_attempt_is_not_counted(self, queue: Any) -> None:
+        task_id = await call(queue.enqueue, Task("f", max_attempts=1))
+        for _ in range(3):
+            task = await claim(queue)
+            assert task.attempt == 1
+            await call(queue.release, task)
+        task = await get(queue, task_id)
+        assert (task.status, task.attempt, task.error) == ("pending", 0, None)
+        assert (task.lease_id, task.lease_until) == (None, None)
+
+    async def test_with_a_delay_it_waits_for_so_long(
+        self, queue: Any, clock: Clock
+    ) -> None:
+        task_id = await call(queue.enqueue, Task("f"))
+        await call(queue.release, await claim(queue), delay=10.0)
+        assert await get_status(queue, task_id) == "scheduled"
+        clock.advance(9.999)
+        assert await call(queue.dequeue) is None
+        clock.advance(0.001)
+        assert (await claim(queue)).attempt == 1
+
+    async def test_a_delay_out_of_range_is_refused(self, queue: Any) -> None:
+        await call(queue.enqueue, Task("f"))
+        task = await claim(queue)
+        with pytest.raises(ValueError, match="delay"):
+            await call(queue.release, task, delay=-1.0)
+
+
+class TestExtend:
+    async def test_it_gives_the_task_with_a_new_end_of_the_lease(
+        self, queue: Any, clock: Clock
+    ) -> None:
+        await call(queue.enqueue, Task("f"))
+        task = await claim(queue, lease=10.0)
+        clock.advance(8)
+        extended = await call(queue.extend, task, 10.0)
+        assert extended.lease_until == at(18)
+        assert extended == dataclasses.replace(task, lease_until=at(18))
+        clock.advance(8)
+        assert await call(queue.dequeue) is None
+        await call(queue.complete, extended)
+
+    async def test_a_lease_is_a_minute_unless_told_otherwise(self, queue: Any) -> None:
+        await call(queue.enqueue, Task("f"))
+        task = await claim(queue, lease=10.0)
+        assert (await call(queue.extend, task)).lease_until == at(60)
+
+    async def test_the_lease_may_be_shortened(self, queue: Any, clock: Clock) -> None:
+        await call(queue.enqueue, Task("f"))
+        await call(queue.extend, await claim(queue), 5.0)
+        clock.advance(6)
+        assert (await claim(queue)).attempt == 2
+
+    async def test_the_task_from_before_can_still_be_completed(
+        self, queue: Any
+    ) -> None:
+        await call(queue.enqueue, Task("f"))
+        task = await claim(queue)
+        await call(queue.extend, task)
+        await call(queue.complete, task)
+        assert await call(queue.count_tasks) == 0
+
+    async def test_it_stores_the_progress(self, queue: Any) -> None:
+        task_id = await call(queue.enqueue, Task("f"))
+        task = await claim(queue)
+        assert task.progress is None
+        extended = await call(queue.extend, task, progress={"done": 3, "total": (7,)})
+        assert extended.progress == {"done": 3, "total": (7,)}
+        assert (await get(queue, task_id)).progress == {"done": 3, "total": (7,)}
+
+    async def test_a_heartbeat_without_progress_keeps_the_last_one(
+        self, queue: Any
+    ) -> None:
+        task_id = await call(queue.enqueue, Task("f"))
+        task = await claim(queue)
+        await call(queue.extend, task, progress=0.5)
+        await call(queue.extend, task)
+        assert (await get(queue, task_id)).progress == 0.5
+
+    async def test_progress_that_cannot_be_serialized_changes_nothing(
+        self, queue: Any
+    ) -> None:
+        task_id = await call(queue.enqueue, Task("f"))
+        task = await claim(queue, lease=10.0)
+        with pytest.raises(SerializationError, match="progress"):
+            await call(queue.extend, task, progress=object())
+        assert (await get(queue, task_id)).lease_until == at(10)
+
+    @pytest.mark.parametrize("lease", [0.0, -1.0, float("nan"), float("inf"), None])
+    async def test_a_lease_out_of_range_is_refused(
+        self, queue: Any, lease: Any
+    ) -> None:
+        await call(queue.enqueue, Task("f"))
+        task = await claim(queue)
+        with pytest.raises(ValueError, match="lease"):
+            await call(queue.extend, task, lease)
+
+
+async def take_again(queue: Any, task: Task, clock: Clock) -> None:
+    clock.advance(61)
+    await claim(queue)
+
+
+async def cancel_it(queue: Any, task: Task, clock: Clock) -> None:
+    await call(queue.cancel, task.id)
+
+
+async def complete_it(queue: Any, task: Task, clock: Clock) -> None:
+    await call(queue.complete, task)
+
+
+async def fail_it(queue: Any, task: Task, clock: Clock) -> None:
+    await call(queue.fail, task, "no", delay=100.0)
+
+
+async def reject_it(queue: Any, task: Task, clock: Clock) -> None:
+    await call(queue.fail, task, "no", retry=False)
+
+
+async def release_it(queue: Any, task: Task, clock: Clock) -> None:
+    await call(queue.release, task)
+
+
+async def release_and_take_again(queue: Any, task: Task, clock: Clock) -> None:
+    await call(queue.release, task)
+    await claim(queue)
+
+
+async def purge_it(queue: Any, task: Task, clock: Clock) -> None:
+    await call(queue.purge, status="running")
+
+
+STALE_CALLS: list[tuple[str, tuple[Any, ...]]] = [
+    ("complete", ()),
+    ("fail", ("late",)),
+    ("release", ()),
+    ("extend", ()),
+]
+
+
+class TestFencing:
+    @pytest.mark.parametrize(
+        "lose",
+        [
+            take_again,
+            cancel_it,
+            complete_it,
+            fail_it,
+            reject_it,
+            release_it,
+            release_and_take_again,
+            purge_it,
+        ],
+    )
+    async def test_a_stale_lease_changes_nothing(
+        self,
+        queue: Any,
+        clock: Clock,
+        lose: Callable[[Any, Task, Clock], Awaitable[None]],
+    ) -> None:
+        await call(queue.enqueue, Task("f", id="a1"))
+        task = await claim(queue)
+        await lose(queue, task, clock)
+        before = await call(queue.list_tasks)
+        for method, arguments in STALE_CALLS:
+            with pytest.raises(LeaseLostError) as caught:
+                await call(getattr(queue, method), task, *arguments)
+            assert caught.value.task_ids == ["a1"]
+            assert await call(queue.list_tasks) == before
+
+    @pytest.mark.parametrize(("method", "arguments"), STALE_CALLS)
+    async def test_time_alone_makes_no_lease_stale(
+        self, queue: Any, clock: Clock, method: str, arguments: tuple[Any, ...]
+    ) -> None:
+        await call(queue.enqueue, Task("f", max_attempts=1))
+        task = await claim(queue, lease=10.0)
+        clock.advance(1_000)
+        await call(queue.list_tasks)
+        await call(getattr(queue, method), task, *arguments)
+
+    async def test_a_late_heartbeat_keeps_the_task(
+        self, queue: Any, clock: Clock
+    ) -> None:
+        await call(queue.enqueue, Task("f"))
+        task = await claim(queue, lease=10.0)
+        clock.advance(20)
+        await call(queue.extend, task, 10.0)
+        assert await call(queue.dequeue) is None
+        await call(queue.complete, task)
+
+    async def test_a_lease_that_ended_out_of_attempts_is_stale_once_settled(
+        self, queue: Any, clock: Clock
+    ) -> None:
+        task_id = await call(queue.enqueue, Task("f", max_attempts=1))
+        task = await claim(queue, lease=10.0)
+        clock.advance(11)
+        assert await call(queue.dequeue) is None
+        for method, arguments in STALE_CALLS:
+            with pytest.raises(LeaseLostError):
+                await call(getattr(queue, method), task, *arguments)
+        assert await get_status(queue, task_id) == "failed"
+
+    async def test_a_task_that_was_never_claimed_has_no_lease(self, queue: Any) -> None:
+        await call(queue.enqueue, Task("f", id="a1"))
+        for method, arguments in STALE_CALLS:
+            with pytest.raises(LeaseLostError):
+                await call(getattr(queue, method), await get(queue, "a1"), *arguments)
+        assert await get_status(queue, "a1") == "pending"
+
+    async def test_the_lease_of_a_retried_task_is_a_new_one(self, queue: Any) -> None:
+        await call(queue.enqueue, Task("f", id="a1"))
+        old = await claim(queue)
+        await call(queue.cancel, "a1")
+        await call(queue.retry, "a1")
+        new = await claim(queue)
+        with pytest.raises(LeaseLostError):
+            await call(queue.complete, old)
+        await call(queue.complete, new)
+
+    async def test_the_lease_of_an_enqueued_id_that_came_back_is_a_new_one(
+        self, queue: Any
+    ) -> None:
+        await call(queue.enqueue, Task("f", id="a1"))
+        old = await claim(queue)
+        await call(queue.complete, old)
+        await call(queue.enqueue, Task("f", id="a1"))
+        await claim(queue)
+        with pytest.raises(LeaseLostError):
+            await call(queue.complete, old)
+        assert await get_status(queue, "a1") == "running"
+
+    async def test_a_claim_of_another_process_makes_the_lease_stale(
+        self, api: Api, queue: Any
+    ) -> None:
+        await call(queue.enqueue, Task("f"))
+        task = await claim(queue)
+        found = run_child(
+            """
+            import os, sys
+            from omniq_sqlite import SQLiteQueue
+            queue = SQLiteQueue(sys.argv[1], clock=lambda: 1_800_000_061.0)
+            print(queue.dequeue(worker="child").attempt, flush=True)
+            os._exit(0)
+            """,
+            api.path,
+        )
+        assert found == "2"
+        with pytest.raises(LeaseLostError):
+            await call(queue.complete, task)
+
+
+class TestReclaim:
+    async def test_the_tasks_of_the_worker_are_claimable_at_once(
+        self, queue: Any
+    ) -> None:
+        await call(queue.enqueue_many, [Task(name) for name in "abc"])
+        gone = await call(queue.dequeue_many, 2, lease=1_000.0, worker="w1")
+        kept = await claim(queue, lease=1_000.0, worker="w2")
+        assert await call(queue.reclaim, "w1") == 2
+        again = await call(queue.dequeue_many, 5, worker="w3")
+        assert [(task.func, task.attempt) for task in again] == [("a", 2), ("b", 2)]
+        with pytest.raises(LeaseLostError):
+            await call(queue.complete, gone[0])
+        await call(queue.complete, kept)
+
+    async def test_out_of_attempts_they_fail(self, queue: Any) -> None:
+        task_id = await call(queue.enqueue, Task("f", max_attempts=1))
+        await claim(queue, worker="w1")
+        assert await call(queue.reclaim, "w1") == 1
+        assert await call(queue.dequeue) is None
+        assert await get_status(queue, task_id) == "failed"
+
+    async def test_a_waiting_call_gets_them(self, queue: Any) -> None:
+        await call(queue.enqueue, Task("f"))
+        await claim(queue, lease=1_000.0, worker="w1")
+        waiting = started(aside(queue.dequeue, timeout=None))
+        await settled_in()
+        await call(queue.reclaim, "w1")
+        assert (await waiting).attempt == 2
+
+    async def test_a_worker_that_holds_nothing_has_nothing_to_reclaim(
+        self, queue: Any
+    ) -> None:
+        assert await call(queue.reclaim, "w1") == 0
+
+    async def test_the_tasks_of_a_process_that_died_are_reclaimed(
+        self, api: Api, queue: Any
+    ) -> None:
+        await call(queue.enqueue, Task("f"))
+        run_child(
+            """
+            import os, sys
+            from omniq_sqlite import SQLiteQueue
+            queue = SQLiteQueue(sys.argv[1], clock=lambda: 1_800_000_000.0)
+            queue.dequeue(worker="child", lease=1_000.0)
+            os._exit(3)
+            """,
+            api.path,
+            status=3,
+        )
+        assert await call(queue.dequeue) is None
+        assert await call(queue.reclaim, "child") == 1
+        assert (await claim(queue)).attempt == 2
+
+
+class TestCancel:
+    async def test_a_pending_task_never_runs(self, queue: Any, clock: Clock) -> None:
+        task_id = await call(queue.enqueue, Task("f"))
+        clock.advance(3)
+        assert await call(queue.cancel, task_id) is True
+        assert await call(queue.dequeue) is None
+        task = await get(queue, task_id)
+        assert (task.status, task.finished_at) == ("cancelled", at(3))
+
+    async def test_a_scheduled_task_never_runs(self, queue: Any, clock: Clock) -> None:
+        task_id = await call(queue.enqueue, Task("f"), delay=10.0)
+        assert await call(queue.cancel, task_id) is True
+        clock.advance(20)
+        assert await call(queue.dequeue) is None
+
+    async def test_a_running_task_is_cancelled_at_once(self, queue: Any) -> None:
+        task_id = await call(queue.enqueue, Task("f"))
+        await claim(queue)
+        assert await call(queue.cancel, task_id) is True
+        task = await get(queue, task_id)
+        assert (task.status, task.lease_id, task.lease_until) == (
+            "cancelled",
+            None,
+            None,
+        )
+
+    async def test_an_unknown_id_is_false(self, queue: Any) -> None:
+        assert await call(queue.cancel, "unknown") is False
+
+    async def test_a_finished_task_stays_what_it_is(self, queue: Any) -> None:
+        task_id = await make_failed(queue, Task("f"))
+        assert await call(queue.cancel, task_id) is False
+        assert await get_status(queue, task_id) == "failed"
+
+    async def test_cancelling_twice_changes_nothing(self, queue: Any) -> None:
+        task_id = await call(queue.enqueue, Task("f"))
+        await call(queue.cancel, task_id)
+        assert await call(queue.cancel, task_id) is False
+
+
+class TestRetry:
+    async def test_a_failed_task_runs_again_with_fresh_attempts(
+        self, queue: Any
+    ) -> None:
+        task_id = await call(queue.enqueue, Task("f", max_attempts=2))
+        for _ in range(2):
+            await call(queue.fail, await claim(queue), "no", delay=0.0)
+        assert await call(queue.retry, task_id) is True
+        task = await get(queue, task_id)
+        assert (task.status, task.attempt, task.finished_at) == ("pending", 0, None)
+        for attempt in (1, 2):
+            task = await claim(queue)
+            assert task.attempt == attempt
+            await call(queue.fail, task, "no", delay=0.0)
+        assert await get_status(queue, task_id) == "failed"
+
+    async def test_a_cancelled_task_runs_again(self, queue: Any) -> None:
+        task_id = await call(queue.enqueue, Task("f"))
+        await call(queue.cancel, task_id)
+        assert await call(queue.retry, task_id) is True
+        assert (await claim(queue)).attempt == 1
+
+    async def test_an_expired_task_runs_again(self, queue: Any, clock: Clock) -> None:
+        task_id = await call(queue.enqueue, Task("f", expires_at=at(5)))
+        clock.advance(6)
+        assert await call(queue.dequeue) is None
+        assert await call(queue.retry, task_id) is True
+        assert (await claim(queue)).id == task_id
+
+    async def test_a_failed_task_past_its_expiry_runs_again(
+        self, queue: Any, clock: Clock
+    ) -> None:
+        task_id = await make_failed(queue, Task("f", expires_at=at(5)))
+        clock.advance(6)
+        assert await call(queue.retry, task_id) is True
+        assert (await claim(queue)).id == task_id
+
+    async def test_a_waiting_call_gets_it(self, queue: Any) -> None:
+        task_id = await make_failed(queue, Task("f"))
+        waiting = started(aside(queue.dequeue, timeout=None))
+        await settled_in()
+        await call(queue.retry, task_id)
+        assert (await waiting).id == task_id
+
+    async def test_an_unknown_id_is_false(self, queue: Any) -> None:
+        assert await call(queue.retry, "unknown") is False
+
+    async def test_a_live_task_stays_what_it_is(self, queue: Any) -> None:
+        task_id = await call(queue.enqueue, Task("f"))
+        assert await call(queue.retry, task_id) is False
+        task = await claim(queue)
+        assert await call(queue.retry, task_id) is False
+        await call(queue.fail, task, "no")
+        assert await call(queue.retry, task_id) is False
+        assert await get_status(queue, task_id) == "scheduled"
+
+    async def test_a_completed_task_stays_what_it_is(self, api: Api) -> None:
+        queue = api.queue(retention=60.0)
+        task_id = await call(queue.enqueue, Task("f"))
+        await call(queue.complete, await claim(queue))
+        assert await call(queue.retry, task_id) is False
+        assert await get_status(queue, task_id) == "completed"
+
+    async def test_while_its_key_is_held_it_is_a_duplicate(self, queue: Any) -> None:
+        task_id = await make_failed(queue, Task("f", unique_key="k"))
+        holder = await call(queue.enqueue, Task("g", unique_key="k"))
+        with pytest.raises(DuplicateTaskError) as caught:
+            await call(queue.retry, task_id)
+        assert caught.value.task_id == task_id
+        assert caught.value.unique_key == "k"
+        assert await get_status(queue, task_id) == "failed"
+        await call(queue.cancel, holder)
+        assert await call(queue.retry, task_id) is True
+
+    async def test_a_dead_holder_of_its_key_is_settled_first(
+        self, queue: Any, clock: Clock
+    ) -> None:
+        task_id = await make_failed(queue, Task("f", unique_key="k"))
+        holder = await call(queue.enqueue, Task("g", unique_key="k", expires_at=at(5)))
+        clock.advance(6)
+        assert await call(queue.retry, task_id) is True
+        assert await get_status(queue, holder) == "expired"
+
+
+class TestCancelAll:
+    async def make(self, queue: Any) -> None:
+        await call(queue.enqueue_many, [Task("f", id="a"), Task("g", id="b")])
+        await call(queue.enqueue, Task("f", queue="mail", id="c"))
+        await call(queue.enqueue, Task("f", id="d"), delay=10.0)
+        await call(queue.enqueue, Task("f", id="e", priority=9))
+        await claim(queue)
+        await make_failed(queue, Task("f", queue="other", id="z"))
+
+    async def get_cancelled(self, queue: Any) -> str:
+        tasks = await call(queue.list_tasks, status="cancelled")
+        return "".join(sorted(task.id for task in tasks))
+
+    @pytest.mark.parametrize(
+        ("filters", "cancelled"),
+        [
+            ({}, "abcde"),
+            ({"queue": "mail"}, "c"),
+            ({"func": "g"}, "b"),
+            ({"queue": "default", "func": "f"}, "ade"),
+            ({"status": "running"}, "e"),
+            ({"status": TaskStatus.PENDING}, "abc"),
+            ({"status": "scheduled", "queue": "default"}, "d"),
+            ({"queue": "nowhere"}, ""),
+            ({"status": "scheduled", "func": "g"}, ""),
+        ],
+        ids=str,
+    )
+    async def test_it_cancels_every_live_task_that_matches(
+        self, api: Api, filters: dict[str, Any], cancelled: str
+    ) -> None:
+        queue = api.queue(":memory:")
+        await self.make(queue)
+        assert await call(queue.cancel_all, **filters) == len(cancelled)
+        assert await self.get_cancelled(queue) == cancelled
+
+    async def test_a_status_that_does_not_exist_is_refused(self, queue: Any) -> None:
+        with pytest.raises(ValueError, match="status"):
+            await call(queue.cancel_all, status="lost")
+
+
+class TestRetryAll:
+    @pytest.mark.parametrize(
+        ("filters", "retried"),
+        [
+            ({}, "abc"),
+            ({"queue": "mail"}, "b"),
+            ({"func": "g"}, "c"),
+            ({"queue": "default", "func": "f"}, "a"),
+            ({"func": "nothing"}, ""),
+        ],
+        ids=str,
+    )
+    async def test_it_retries_every_finished_task_that_matches(
+        self, api: Api, filters: dict[str, Any], retried: str
+    ) -> None:
+        queue = api.queue(":memory:")
+        await make_failed(queue, Task("f", id="a"))
+        await make_failed(queue, Task("f", queue="mail", id="b"))
+        await call(queue.enqueue, Task("g", id="c"))
+        await call(queue.cancel, "c")
+        assert await call(queue.retry_all, **filters) == len(retried)
+        pending = await call(queue.list_tasks, status="pending")
+        assert "".join(task.id for task in pending) == retried
+
+    async def test_one_of_several_with_the_same_key_runs_again(
+        self, queue: Any
+    ) -> None:
+        for name in "ab":
+            await make_failed(queue, Task("f", id=name, unique_key="k"))
+        await make_failed(queue, Task("f", id="c"))
+        assert await call(queue.retry_all) == 2
+        assert await call(queue.count_tasks, status="failed") == 1
+
+
+class TestReads:
+    async def make(self, queue: Any) -> None:
+        await call(
+            queue.enqueue_many,
+            [
+                Task("f", id="a"),
+                Task("g", id="b", unique_key="k"),
+                Task("f", id="c", queue="mail", unique_key="k"),
+                Task("g", id="d", run_at=at(10)),
+            ],
+        )
+        await claim(queue)
+
+    async def test_an_unknown_id_is_none(self, queue: Any) -> None:
+        assert await call(queue.get_task, "unknown") is None
+
+    async def test_a_list_holds_what_matches_in_order_of_insertion(
+        self, queue: Any
+    ) -> None:
+        await self.make(queue)
+        cases: list[tuple[dict[str, Any], str]] = [
+            ({}, "abcd"),
+            ({"queue": "default"}, "abd"),
+            ({"status": "pending"}, "bc"),
+            ({"status": TaskStatus.RUNNING}, "a"),
+            ({"func": "g"}, "bd"),
+            ({"unique_key": "k"}, "bc"),
+            ({"unique_key": "k", "queue": "mail"}, "c"),
+            ({"limit": 2}, "ab"),
+            ({"limit": 2, "offset": 1}, "bc"),
+            ({"offset": 3}, "d"),
+            ({"offset": 9}, ""),
+            ({"func": "g", "limit": 1, "offset": 1}, "d"),
+            ({"queue": "nowhere"}, ""),
+        ]
+        for filters, found in cases:
+            tasks = await call(queue.list_tasks, **filters)
+            assert "".join(task.id for task in tasks) == found, filters
+
+    async def test_a_list_holds_a_hundred_unless_told_otherwise(
+        self, queue: Any
+    ) -> None:
+        await call(queue.enqueue_many, [Task("f") for _ in range(150)])
+        assert len(await call(queue.list_tasks)) == 100
+        assert len(await call(queue.list_tasks, limit=1_000)) == 150
+
+    async def test_a_count_counts_what_matches(self, queue: Any) -> None:
+        await self.make(queue)
+        cases: list[tuple[dict[str, Any], int]] = [
+            ({}, 4),
+            ({"queue": "default"}, 3),
+            ({"status": "pending"}, 2),
+            ({"queue": "default", "status": "pending"}, 1),
+            ({"queue": "nowhere"}, 0),
+        ]
+        for filters, count in cases:
+            assert await call(queue.count_tasks, **filters) == count, filters
+
+    @pytest.mark.parametrize(
+        ("method", "arguments", "name"),
+        [
+            ("list_tasks", {"status": "lost"}, "status"),
+            ("list_tasks", {"limit": -1}, "limit"),
+            ("list_tasks", {"limit": 1.5}, "limit"),
+            ("list_tasks", {"offset": -1}, "offset"),
+            ("count_tasks", {"status": "lost"}, "status"),
+        ],
+    )
+    async def test_an_argument_out_of_range_is_refused(
+        self, queue: Any, method: str, arguments: dict[str, Any], name: str
+    ) -> None:
+        with pytest.raises(ValueError, match=name):
+            await call(getattr(queue, method), **arguments)
+
+    async def test_the_status_is_as_stored(self, queue: Any, clock: Clock) -> None:
+        await call(queue.enqueue, Task("f", id="a"), delay=5.0)
+        await call(queue.enqueue, Task("f", id="b", expires_at=at(5)))
+        clock.advance(6)
+        stored = {task.id: str(task.status) for task in await call(queue.list_tasks)}
+        assert stored == {"a": "scheduled", "b": "pending"}
+        await claim(queue)
+        stored = {task.id: str(task.status) for task in await call(queue.list_tasks)}
+        assert stored == {"a": "running", "b": "expired"}
+
+    async def test_stats_count_each_queue_by_status(
+        self, api: Api, clock: Clock
+    ) -> None:
+        queue = api.queue(retention=60.0)
+        await make_failed(queue, Task("f", queue="mail"))
+        await call(queue.enqueue, Task("f", queue="mail", id="c"))
+        await call(queue.cancel, "c")
+        await call(queue.enqueue, Task("f", queue="mail", expires_at=at(-1)))
+        await call(queue.dequeue, "mail")
+        await call(queue.enqueue_many, [Task("f") for _ in range(2)])
+        await call(queue.complete, await claim(queue))
+        await claim(queue)
+        clock.advance(3)
+        await call(queue.enqueue, Task("f"))
+        clock.advance(4)
+        await call(queue.enqueue, Task("f"))
+        await call(queue.enqueue, Task("f"), delay=10.0)
+        await call(queue.pause, "mail")
+        default, mail = await call(queue.stats)
+        assert default == QueueStats(
+            "default",
+            scheduled=1,
+            pending=2,
+            running=1,
+            completed=1,
+            paused=False,
+            oldest_pending_at=at(3),
+        )
+        assert mail == QueueStats("mail", failed=1, cancelled=1, expired=1, paused=True)
+
+    async def test_an_empty_file_has_no_queues(self, queue: Any) -> None:
+        assert await call(queue.stats) == []
+        assert await call(queue.list_queues) == []
+        assert await call(queue.list_workers) == []
+
+    async def test_queues_are_listed_by_name(self, queue: Any) -> None:
+        for name in ("mail", "default", "images", "mail"):
+            await call(queue.enqueue, Task("f", queue=name))
+        await call(queue.pause, "empty")
+        names = await call(queue.list_queues)
+        assert [name for name in names if name != "empty"] == [
+            "default",
+            "images",
+            "mail",
+        ]
+
+    async def test_workers_are_those_that_gave_their_name(
+        self, queue: Any, clock: Clock
+    ) -> None:
+        await call(queue.enqueue_many, [Task("f"), Task("f")])
+        await call(queue.dequeue_many, 2, ["default", "mail"], worker="w1")
+        clock.advance(30)
+        await call(queue.dequeue, worker="w2")
+        await call(queue.dequeue)
+        one, two = await call(queue.list_workers)
+        assert (one.name, one.pid, one.running) == ("w1", os.getpid(), 2)
+        assert (one.started_at, one.seen_at) == (at(0), at(0))
+        assert tuple(one.queues) == ("default", "mail")
+        assert (two.name, two.running, two.seen_at) == ("w2", 0, at(30))
+        assert isinstance(one, WorkerInfo)
+
+    async def test_a_heartbeat_shows_that_a_worker_is_there(
+        self, api: Api, queue: Any, clock: Clock
+    ) -> None:
+        await call(queue.enqueue, Task("f"))
+        task = await claim(queue, worker="w1")
+        clock.advance(30)
+        # An object notes a worker every ten real seconds; another one at once.
+        await call(api.queue().extend, task)
+        (worker,) = await call(queue.list_workers)
+        assert (worker.started_at, worker.seen_at) == (at(0), at(30))
+
+    async def test_a_reclaimed_worker_is_listed_no_more(self, queue: Any) -> None:
+        await call(queue.enqueue, Task("f"))
+        await claim(queue, worker="w1")
+        await call(queue.reclaim, "w1")
+        assert await call(queue.list_workers) == []
+
+
+class TestPause:
+    async def test_a_paused_queue_hands_out_nothing(self, queue: Any) -> None:
+        await call(queue.enqueue, Task("f"))
+        await call(queue.pause, "default")
+        assert await call(queue.dequeue) is None
+        assert await call(queue.dequeue_many, 5) == []
+        await call(queue.resume, "default")
+        assert await claim_names(queue) == ["f"]
+
+    async def test_other_queues_go_on(self, queue: Any) -> None:
+        await call(queue.enqueue_many, [Task("f"), Task("g", queue="mail")])
+        await call(queue.pause, "default")
+        assert await claim_names(queue, ["default", "mail"]) == ["g"]
+
+    async def test_it_takes_tasks_all_the_same(self, queue: Any) -> None:
+        await call(queue.pause, "default")
+        await call(queue.enqueue, Task("f"))
+        assert await call(queue.count_tasks) == 1
+
+    async def test_what_was_claimed_before_can_be_ended(self, queue: Any) -> None:
+        await call(queue.enqueue_many, [Task("f"), Task("g")])
+        one, two = await call(queue.dequeue_many, 2)
+        await call(queue.pause, "default")
+        await call(queue.complete, await call(queue.extend, one))
+        await call(queue.release, two)
+        assert await call(queue.dequeue) is None
+
+    async def test_due_and_ended_tasks_stay_where_they_are(
+        self, queue: Any, clock: Clock
+    ) -> None:
+        await call(queue.enqueue, Task("f"))
+        await claim(queue, lease=10.0)
+        await call(queue.enqueue, Task("g"), delay=10.0)
+        await call(queue.pause, "default")
+        clock.advance(20)
+        assert await aside(queue.dequeue, timeout=0.05) is None
+        await call(queue.resume, "default")
+        assert await claim_names(queue) == ["f", "g"]
+
+    async def test_it_is_kept_in_the_file(self, api: Api, queue: Any) -> None:
+        await call(queue.enqueue, Task("f"))
+        await call(queue.pause, "default")
+        await call(queue.close)
+        assert await call(api.queue().dequeue) is None
+
+    async def test_it_holds_in_every_process(self, api: Api, queue: Any) -> None:
+        await call(queue.enqueue, Task("f"))
+        await call(queue.pause, "default")
+        found = run_child(
+            """
+            import sys
+            from omniq_sqlite import SQLiteQueue
+            with SQLiteQueue(sys.argv[1], clock=lambda: 1_800_000_000.0) as queue:
+                print(queue.dequeue())
+                queue.resume("default")
+            """,
+            api.path,
+        )
+        assert found == "None"
+        assert await claim_names(queue) == ["f"]
+
+    async def test_it_holds_for_a_claim_that_was_waiting_for_the_lock(
+        self, api: Api, queue: Any
+    ) -> None:
+        await call(queue.enqueue, Task("f"))
+        with raw(api.path) as connection:
+            connection.execute("BEGIN IMMEDIATE")
+            claiming = started(aside(queue.dequeue))
+            await settled_in()
+            assert not claiming.done()
+            connection.execute("INSERT INTO omniq_pause VALUES ('default', 0)")
+            connection.execute("COMMIT")
+        assert await claiming is None
+
+    async def test_both_may_be_called_twice(self, queue: Any) -> None:
+        for _ in range(2):
+            await call(queue.pause, "default")
+        for _ in range(2):
+            await call(queue.resume, "default")
+        await call(queue.enqueue, Task("f"))
+        await claim(queue)
+
+    async def test_resuming_wakes_a_waiting_call(self, queue: Any) -> None:
+        await call(queue.enqueue, Task("f"))
+        await call(queue.pause, "default")
+        waiting = started(aside(queue.dequeue, timeout=None))
+        await settled_in()
+        assert not waiting.done()
+        await call(queue.resume, "default")
+        assert (await waiting).func == "f"
+
+    async def test_the_stats_say_so(self, queue: Any) -> None:
+        await call(queue.pause, "default")
+        await call(queue.enqueue, Task("f"))
+        (stats,) = await call(queue.stats)
+        assert (stats.queue, stats.paused) == ("default", True)
+
+
+class TestPurge:
+    async def make(self, api: Api, clock: Clock) -> Any:
+        """One task in each status; the finished ones ended 10 seconds apart."""
+        queue = api.queue(":memory:", retention=1e6)
+        await call(queue.enqueue, Task("f", id="completed"))
+        await call(queue.complete, await claim(queue))
+        clock.advance(10)
+        await make_failed(queue, Task("f", id="failed"))
+        clock.advance(10)
+        await call(queue.enqueue, Task("f", id="cancelled"))
+        await call(queue.cancel, "cancelled")
+        clock.advance(10)
+        await call(queue.enqueue, Task("f", id="expired", expires_at=at(-1)))
+        await call(queue.dequeue)
+        await call(queue.enqueue, Task("f", id="running"))
+        await claim(queue, lease=1e6)
+        await call(queue.enqueue, Task("f", id="pending"))
+        await call(queue.enqueue, Task("f", id="scheduled"), delay=1e6)
+        await make_failed(queue, Task("f", id="elsewhere", queue="mail"))
+        return queue
+
+    @pytest.mark.parametrize(
+        ("filters", "purged"),
+        [
+            ({}, "cancelled completed elsewhere expired failed"),
+            ({"queue": "mail"}, "elsewhere"),
+            ({"queue": "default"}, "cancelled completed expired failed"),
+            ({"status": "failed"}, "elsewhere failed"),
+            ({"status": "failed", "queue": "default"}, "failed"),
+            ({"status": TaskStatus.COMPLETED}, "completed"),
+            ({"status": "pending"}, "pending"),
+            ({"status": "scheduled"}, "scheduled"),
+            ({"status": "running"}, "running"),
+            ({"older_than": 0}, "cancelled completed elsewhere expired failed"),
+            ({"older_than": 15}, "completed failed"),
+            ({"older_than": 25}, "completed"),
+            ({"older_than": 15, "status": "failed"}, "failed"),
+            ({"older_than": 31}, ""),
+        ],
+        ids=str,
+    )
+    async def test_it_deletes_what_matches(
+        self, api: Api, clock: Clock, filters: dict[str, Any], purged: str
+    ) -> None:
+        queue = await self.make(api, clock)
+        before = {task.id for task in await call(queue.list_tasks)}
+        assert len(before) == 8
+        assert await call(queue.purge, **filters) == len(purged.split())
+        after = {task.id for task in await call(queue.list_tasks)}
+        assert sorted(before - after) == purged.split()
+
+    async def test_older_counts_from_the_end_of_a_task(
+        self, queue: Any, clock: Clock
+    ) -> None:
+        await call(queue.enqueue, Task("f"))
+        clock.advance(20)
+        await call(queue.fail, await claim(queue), "no", retry=False)
+        clock.advance(10)
+        assert await call(queue.purge, older_than=15.0) == 0
+        assert await call(queue.purge, older_than=5.0) == 1
+
+    @pytest.mark.parametrize(
+        ("filters", "name"),
+        [({"status": "lost"}, "status"), ({"older_than": -1.0}, "older_than")],
+    )
+    async def test_an_argument_out_of_range_is_refused(
+        self, queue: Any, filters: dict[str, Any], name: str
+    ) -> None:
+        with pytest.raises(ValueError, match=name):
+            await call(queue.purge, **filters)
+
+
+@contextlib.asynccontextmanager
+async def connect(api: Api, path: Any = None, **options: Any) -> AsyncIterator[Any]:
+    """Open the caller's own connection: an aiosqlite one for the async twin."""
+    path = api.path if path is None else path
+    if api.is_async:
+        async with aiosqlite.connect(path, **options) as connection:
+            yield connection
+    else:
+        with contextlib.closing(sqlite3.connect(path, **options)) as connection:
+            yield connection
+
+
+async def fetch(connection: Any, sql: str) -> list[tuple[Any, ...]]:
+    cursor = await call(connection.execute, sql)
+    rows = await call(cursor.fetchall)
+    await call(cursor.close)
+    return [tuple(row) for row in rows]
+
+
+@pytest.fixture
+async def shop(api: Api, queue: Any) -> Path:
+    """Return the path of a file with tasks' tables and the caller's own."""
+    await call(queue.count_tasks)
+    with raw(api.path) as connection:
+        connection.execute("CREATE TABLE orders (id INTEGER PRIMARY KEY) STRICT")
+    return api.path
+
+
+@pytest.fixture
+async def connection(request: pytest.FixtureRequest, shop: Path) -> AsyncIterator[Any]:
+    """Return the caller's connection, in sqlite3's legacy transaction mode."""
+    if request.param == "aiosqlite":
+        async with aiosqlite.connect(shop, timeout=5) as opened:
+            yield opened
+    else:
+        with raw(shop, isolation_level="") as plain:
+            yield plain
+
+
+@pytest.mark.parametrize(
+    ("api", "connection"),
+    [("async", "sqlite3"), ("async", "aiosqlite"), ("blocking", "sqlite3")],
+    indirect=True,
+)
+class TestEnqueueOn:
+    """The caller's own transaction; `orders` is the caller's own table."""
+
+    async def test_it_is_committed_with_the_callers_rows(
+        self, queue: Any, connection: Any
+    ) -> None:
+        await call(connection.execute, "INSERT INTO orders VALUES (1)")
+        ids = await call(
+            queue.enqueue_on, connection, Task("f", ("x",), id="z"), Task("g", id="a")
+        )
+        assert ids == ["z", "a"]
+        assert await call(queue.count_tasks) == 0
+        await call(connection.commit)
+        assert await claim_names(queue) == ["f", "g"]
+        assert await fetch(connection, "SELECT id FROM orders") == [(1,)]
+
+    async def test_it_is_rolled_back_with_the_callers_rows(
+        self, queue: Any, connection: Any
+    ) -> None:
+        await call(connection.execute, "INSERT INTO orders VALUES (1)")
+        await call(queue.enqueue_on, connection, Task("f"))
+        await call(connection.rollback)
+        assert await call(queue.count_tasks) == 0
+        assert await fetch(connection, "SELECT id FROM orders") == []
+
+    async def test_in_legacy_mode_it_begins_a_transaction_where_there_is_none(
+        self, queue: Any, connection: Any
+    ) -> None:
+        assert not connection.in_transaction
+        await call(queue.enqueue_on, connection, Task("f"))
+        assert connection.in_transaction
+        assert await call(queue.count_tasks) == 0
+        await call(connection.rollback)
+        assert await call(queue.count_tasks) == 0
+        await call(queue.enqueue_on, connection, Task("g"))
+        await call(connection.commit)
+        assert await claim_names(queue) == ["g"]
+
+    async def test_the_transaction_it_begins_is_immediate(
+        self, api: Api, queue: Any, connection: Any
+    ) -> None:
+        with write_lock(api.path):
+            await call(connection.execute, "PRAGMA busy_timeout = 20")
+            with pytest.raises(DatabaseBusyError):
+                await call(queue.enqueue_on, connection, Task("f"))
+        await call(queue.enqueue_on, connection, Task("g"))
+        with raw(api.path) as other:
+            other.execute("PRAGMA busy_timeout = 0")
+            with pytest.raises(sqlite3.OperationalError, match="locked"):
+                other.execute("BEGIN IMMEDIATE")
+        await call(connection.commit)
+        assert await claim_names(queue) == ["g"]
+
+    async def test_a_transaction_of_the_callers_own_is_used(
+        self, queue: Any, connection: Any
+    ) -> None:
+        await call(connection.execute, "BEGIN")
+        await call(queue.enqueue_on, connection, Task("f"))
+        await call(connection.execute, "INSERT INTO orders VALUES (1)")
+        assert await call(queue.count_tasks) == 0
+        await call(connection.commit)
+        assert await claim_names(queue) == ["f"]
+
+    async def test_several_calls_share_the_transaction(
+        self, queue: Any, connection: Any
+    ) -> None:
+        for name in "abc":
+            await call(queue.enqueue_on, connection, Task(name))
+        await call(connection.rollback)
+        assert await call(queue.count_tasks) == 0
+        for name in "abc":
+            await call(queue.enqueue_on, connection, Task(name))
+        await call(connection.commit)
+        assert await claim_names(queue) == ["a", "b", "c"]
+
+    async def test_a_duplicate_leaves_none_of_the_tasks_and_all_of_the_callers_rows(
+        self, queue: Any, connection: Any
+    ) -> None:
+        await call(queue.enqueue, Task("old", id="a1"))
+        await call(connection.execute, "INSERT INTO orders VALUES (1)")
+        with pytest.raises(DuplicateTaskError) as caught:
+            await call(
+                queue.enqueue_on, connection, Task("f"), Task("g", id="a1"), Task("h")
+            )
+        assert caught.value.task_id == "a1"
+        assert connection.in_transaction
+        await call(queue.enqueue_on, connection, Task("new"))
+        await call(connection.commit)
+        assert await fetch(connection, "SELECT id FROM orders") == [(1,)]
+        assert await claim_names(queue) == ["old", "new"]
+
+    async def test_a_value_that_cannot_be_serialized_leaves_nothing(
+        self, queue: Any, connection: Any
+    ) -> None:
+        await call(connection.execute, "INSERT INTO orders VALUES (1)")
+        with pytest.raises(SerializationError):
+            await call(queue.enqueue_on, connection, Task("f"), Task("g", (object(),)))
+        await call(connection.commit)
+        assert await call(queue.count_tasks) == 0
+        assert await fetch(connection, "SELECT id FROM orders") == [(1,)]
+
+    async def test_unique_keys_count(
+        self, queue: Any, connection: Any, clock: Clock
+    ) -> None:
+        first = await call(queue.enqueue, Task("f", unique_key="k"))
+        dead = await call(queue.enqueue, Task("g", unique_key="d", expires_at=at(5)))
+        clock.advance(6)
+        one, two, three = await call(
+            queue.enqueue_on,
+            connection,
+            Task("f", unique_key="k"),
+            Task("h", unique_key="d"),
+            Task("h", unique_key="d"),
+        )
+        assert one == first
+        assert two == three != dead
+        await call(connection.commit)
+        assert await get_status(queue, dead) == "expired"
+        assert await claim_names(queue) == ["f", "h"]
+
+    async def test_no_task_is_no_change(self, queue: Any, connection: Any) -> None:
+        assert await call(queue.enqueue_on, connection) == []
+
+    async def test_a_row_factory_and_a_text_factory_are_left_alone(
+        self, queue: Any, connection: Any
+    ) -> None:
+        def row_factory(cursor: sqlite3.Cursor, row: tuple[Any, ...]) -> dict[str, Any]:
+            names = [column[0] for column in cursor.description]
+            return dict(zip(names, row, strict=True))
+
+        first = await call(queue.enqueue, Task("f", unique_key="k"))
+        connection.row_factory = row_factory
+        connection.text_factory = bytes
+        ids = await call(
+            queue.enqueue_on, connection, Task("g"), Task("h", unique_key="k")
+        )
+        assert ids[1] == first
+        await call(connection.commit)
+        assert connection.row_factory is row_factory
+        assert connection.text_factory is bytes
+        assert await claim_names(queue) == ["f", "g"]
+
+    async def test_temporary_tables_of_our_names_do_not_matter(
+        self, api: Api, queue: Any, connection: Any
+    ) -> None:
+        for row in read_rows(api.path, "SELECT name, type FROM sqlite_schema"):
+            if row["type"] == "table" and row["name"].startswith("omniq_"):
+                sql = f"CREATE TEMPORARY TABLE {row['name']} (x)"
+                await call(connection.execute, sql)
+        await call(queue.enqueue_on, connection, Task("f"))
+        await call(connection.commit)
+        assert await claim_names(queue) == ["f"]
+
+    async def test_a_waiting_call_wakes_on_the_callers_commit(
+        self, queue: Any, connection: Any
+    ) -> None:
+        waiting = started(aside(queue.dequeue, timeout=DEADLINE))
+        await settled_in()
+        await call(queue.enqueue_on, connection, Task("f"))
+        await settled_in()
+        assert not waiting.done()
+        begun = time.monotonic()
+        await call(connection.commit)
+        assert (await waiting).func == "f"
+        assert time.monotonic() - begun < 2.0
+
+    async def test_it_never_commits_nor_runs_a_script(
+        self, queue: Any, connection: Any
+    ) -> None:
+        statements: list[str] = []
+        await call(connection.execute, "INSERT INTO orders VALUES (1)")
+        await call(connection.set_trace_callback, statements.append)
+        await call(queue.enqueue_on, connection, Task("f"), Task("g"))
+        await call(connection.set_trace_callback, None)
+        assert statements != []
+        told = "\n".join(statements).upper()
+        assert re.search(r"\bCOMMIT\b|^\s*END\b", told, re.MULTILINE) is None
+        assert "BEGIN" not in told
+        assert "SAVEPOINT" in told
+
+    async def test_a_snapshot_that_cannot_be_upgraded_is_busy_at_once(
+        self, queue: Any, connection: Any
+    ) -> None:
+        await call(connection.execute, "BEGIN")
+        await fetch(connection, "SELECT id FROM orders")
+        await call(queue.enqueue, Task("meanwhile"))
+        begun = time.monotonic()
+        with pytest.raises(DatabaseBusyError):
+            await call(queue.enqueue_on, connection, Task("f"))
+        assert time.monotonic() - begun < 1.0
+        assert connection.in_transaction
+        await call(connection.rollback)
+        await call(queue.enqueue_on, connection, Task("g"))
+        await call(connection.commit)
+        assert await claim_names(queue) == ["meanwhile", "g"]
+
+    async def test_its_events_are_committed_and_rolled_back_with_it(
+        self, api: Api, connection: Any
+    ) -> None:
+        backend = api.backend(events=True)
+        await call(backend.events.count)
+        await call(backend.queue.enqueue_on, connection, Task("f"))
+        await call(connection.rollback)
+        assert await get_types(backend.events) == []
+        await call(backend.queue.enqueue_on, connection, Task("f", id="a1"))
+        await call(connection.commit)
+        (event,) = await call(backend.events.query)
+        assert (event.type, event.task_id, event.queue) == ("enqueued", "a1", "default")
+
+    @pytest.mark.skipif(
+        sqlite3.sqlite_version_info >= (3, 51, 3)
+        or sqlite3.sqlite_version_info[:2] in {(3, 50), (3, 44)},
+        reason="this library has no WAL-reset bug",
+    )
+    async def test_on_a_library_with_the_wal_reset_bug_it_stops_checkpoints(
+        self, queue: Any, connection: Any
+    ) -> None:
+        await call(queue.enqueue_on, connection, Task("f"))
+        await call(connection.commit)
+        assert await fetch(connection, "PRAGMA wal_autocheckpoint") == [(0,)]
+
+
+class TestEnqueueOnAnyConnection:
+    async def test_a_missing_schema_is_created_in_the_callers_transaction(
+        self, api: Api
+    ) -> None:
+        path = api.folder / "new.db"
+        queue = api.queue(path)
+        async with connect(api, path) as connection:
+            await call(connection.execute, "CREATE TABLE orders (id INTEGER)")
+            await call(queue.enqueue_on, connection, Task("f"))
+            await call(connection.rollback)
+            assert get_names(path) == {"orders"}
+            await call(queue.enqueue_on, connection, Task("g"))
+            await call(connection.commit)
+        assert await claim_names(queue) == ["g"]
+
+    @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs /proc")
+    async def test_it_opens_nothing_itself(self, api: Api) -> None:
+        path = api.folder / "new.db"
+        queue = api.queue(path)
+
+        def count_open() -> int:
+            found = 0
+            for descriptor in Path("/proc/self/fd").iterdir():
+                with contextlib.suppress(OSError):
+                    found += str(path) in str(descriptor.readlink())
+            return found
+
+        with raw(path, isolation_level="") as connection:
+            connection.execute("PRAGMA journal_mode = WAL")
+            connection.execute("BEGIN IMMEDIATE")
+            before = count_open()
+            await call(queue.enqueue_on, connection, Task("f"))
+            assert count_open() == before
+            connection.commit()
+
+    async def test_it_works_while_the_caller_holds_the_write_lock(
+        self, api: Api, shop: Path
+    ) -> None:
+        queue = api.queue(busy_timeout=0.0)
+        with raw(shop) as connection:
+            connection.execute("BEGIN EXCLUSIVE")
+            await call(queue.enqueue_on, connection, Task("f"))
+            connection.execute("COMMIT")
+        assert await claim_names(queue) == ["f"]
+
+    @pytest.mark.parametrize("name", ["link.db", "../jobs/jobs.db"])
+    async def test_the_same_file_may_have_another_name(
+        self, api: Api, name: str
+    ) -> None:
+        folder = api.folder / "jobs"
+        folder.mkdir()
+        queue = api.queue(folder / "jobs.db")
+        await call(queue.count_tasks)
+        (folder / "link.db").symlink_to(folder / "jobs.db")
+        with raw(folder / name) as connection:
+            connection.execute("BEGIN")
+            await call(queue.enqueue_on, connection, Task("f"))
+            connection.execute("COMMIT")
+        assert await claim_names(queue) == ["f"]
+
+    async def test_a_savepoint_of_the_callers_own_counts(
+        self, queue: Any, shop: Path
+    ) -> None:
+        with raw(shop) as connection:
+            connection.execute("BEGIN")
+            await call(queue.enqueue_on, connection, Task("f"))
+            connection.execute("SAVEPOINT mine")
+            await call(queue.enqueue_on, connection, Task("g"))
+            connection.execute("ROLLBACK TO mine")
+            connection.execute("COMMIT")
+        assert await claim_names(queue) == ["f"]
+
+    async def test_in_autocommit_it_wants_an_open_transaction(
+        self, queue: Any, shop: Path
+    ) -> None:
+        with raw(shop) as connection:
+            with pytest.raises(ValueError, match="transaction"):
+                await call(queue.enqueue_on, connection, Task("f"))
+            assert not connection.in_transaction
+            connection.execute("BEGIN")
+            await call(queue.enqueue_on, connection, Task("g"))
+            connection.execute("ROLLBACK")
+            connection.execute("BEGIN")
+            await call(queue.enqueue_on, connection, Task("h"))
+            connection.execute("COMMIT")
+        assert await claim_names(queue) == ["h"]
+
+    @pytest.mark.skipif(sys.version_info < (3, 12), reason="new in Python 3.12")
+    async def test_with_autocommit_true_it_wants_an_open_transaction(
+        self, queue: Any, shop: Path
+    ) -> None:
+        with raw(shop, autocommit=True) as connection:
+            with pytest.raises(ValueError, match="transaction"):
+                await call(queue.enqueue_on, connection, Task("f"))
+            assert not connection.in_transaction
+            connection.execute("BEGIN")
+            await call(queue.enqueue_on, connection, Task("g"))
+            connection.execute("ROLLBACK")
+            connection.execute("BEGIN")
+            await call(queue.enqueue_on, connection, Task("h"))
+            connection.execute("COMMIT")
+        assert await claim_names(queue) == ["h"]
+
+    @pytest.mark.skipif(sys.version_info < (3, 12), reason="new in Python 3.12")
+    async def test_with_autocommit_false_it_joins_the_open_transaction(
+        self, queue: Any, shop: Path
+    ) -> None:
+        with raw(shop, autocommit=False) as connection:
+            await call(queue.enqueue_on, connection, Task("f"))
+            connection.rollback()
+            assert await call(queue.count_tasks) == 0
+            await call(queue.enqueue_on, connection, Task("g"))
+            connection.execute("INSERT INTO orders VALUES (1)")
+            assert await call(queue.count_tasks) == 0
+            connection.commit()
+            connection.rollback()
+        assert await claim_names(queue) == ["g"]
+
+    @pytest.mark.parametrize("level", ["DEFERRED", "IMMEDIATE", "EXCLUSIVE"])
+    async def test_every_isolation_level_of_legacy_mode_works(
+        self, queue: Any, shop: Path, level: str
+    ) -> None:
+        with raw(shop, isolation_level=level) as connection:
+            await call(queue.enqueue_on, connection, Task("f"))
+            connection.rollback()
+            await call(queue.enqueue_on, connection, Task("g"))
+            connection.execute("INSERT INTO orders VALUES (1)")
+            connection.commit()
+        assert await claim_names(queue) == ["g"]
+
+    async def test_a_connection_to_another_file_is_refused(
+        self, api: Api, queue: Any, shop: Path
+    ) -> None:
+        with raw(api.folder / "other.db") as connection:
+            connection.execute("BEGIN")
+            with pytest.raises(ValueError, match=r"other\.db"):
+                await call(queue.enqueue_on, connection, Task("f"))
+            connection.execute("COMMIT")
+        assert get_names(api.folder / "other.db") == set()
+
+    async def test_a_connection_to_a_database_in_memory_is_refused(
+        self, api: Api, queue: Any, shop: Path
+    ) -> None:
+        for made in (queue, api.queue(":memory:")):
+            with raw(":memory:") as connection:
+                connection.execute("BEGIN")
+                with pytest.raises(ValueError, match="connection"):
+                    await call(made.enqueue_on, connection, Task("f"))
+
+    async def test_a_connection_of_a_foreign_thread_is_refused(
+        self, queue: Any, shop: Path
+    ) -> None:
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            foreign = pool.submit(sqlite3.connect, shop).result()
+            try:
+                with pytest.raises(ValueError, match="thread"):
+                    await call(queue.enqueue_on, foreign, Task("f"))
+            finally:
+                pool.submit(foreign.close).result()
+
+    async def test_something_else_than_a_connection_is_refused(
+        self, queue: Any, shop: Path
+    ) -> None:
+        with pytest.raises(TypeError, match="connection"):
+            await call(queue.enqueue_on, str(shop), Task("f"))
+
+    async def test_an_object_in_the_file_that_was_never_used_may_be_first(
+        self, api: Api
+    ) -> None:
+        queue = api.queue()
+        with raw(api.path, isolation_level="") as connection:
+            await call(queue.enqueue_on, connection, Task("f"))
+            connection.commit()
+        assert await claim_names(queue) == ["f"]
+
+
+# =============================================================================
+# Results
+# =============================================================================
+
+
+def success(task_id: str, value: Any = None, **fields: Any) -> TaskResult:
+    return TaskResult(task_id, ResultStatus.SUCCESS, value, **fields)
+
+
+class TestTaskResult:
+    def test_it_takes_what_the_contract_says(self) -> None:
+        parameters = inspect.signature(TaskResult).parameters
+        assert list(parameters)[:11] == [
+            "task_id",
+            "status",
+            "value",
+            "error",
+            "error_type",
+            "traceback",
+            "started_at",
+            "finished_at",
+            "worker",
+            "attempt",
+            "metadata",
+        ]
+        result = TaskResult("a1", ResultStatus.ERROR)
+        assert (result.value, result.error, result.error_type) == (None, None, None)
+        assert (result.traceback, result.worker, result.attempt) == (None, None, None)
+        assert (result.started_at, result.finished_at) == (None, None)
+        assert result.metadata == {}
+
+    @pytest.mark.parametrize(
+        ("fields", "name"),
+        [
+            ({"task_id": ""}, "task_id"),
+            ({"status": "lost"}, "status"),
+            ({"started_at": NAIVE}, "started_at"),
+            ({"finished_at": NAIVE}, "finished_at"),
+            ({"attempt": -1}, "attempt"),
+            ({"metadata": 7}, "metadata"),
+        ],
+        ids=str,
+    )
+    def test_a_value_out_of_range_is_refused(
+        self, fields: dict[str, Any], name: str
+    ) -> None:
+        with pytest.raises(ValueError, match=name):
+            TaskResult(**{"task_id": "a1", "status": "success", **fields})
+
+
+class TestStore:
+    async def test_everything_given_comes_back(self, results: Any) -> None:
+        result = TaskResult(
+            "a1",
+            ResultStatus.ERROR,
+            value={"when": at(1)},
+            error="by nought",
+            error_type="ZeroDivisionError",
+            traceback="Traceback …\n",
+            started_at=at(1),
+            finished_at=at(2.5),
+            worker="w1",
+            attempt=3,
+            metadata={"tries": (1, 2, 3)},
+        )
+        await call(results.store, result)
+        assert await call(results.get, "a1") == result
+
+    async def test_storing_again_replaces(self, results: Any) -> None:
+        await call(results.store, success("a1", "old"))
+        await call(results.store, TaskResult("a1", ResultStatus.ERROR, error="no"))
+        found = await call(results.get, "a1")
+        assert (found.status, found.value, found.error) == ("error", None, "no")
+
+    async def test_storing_again_begins_a_new_life(
+        self, results: Any, clock: Clock
+    ) -> None:
+        await call(results.store, success("a1", 1), ttl=10.0)
+        clock.advance(8)
+        await call(results.store, success("a1", 2), ttl=10.0)
+        clock.advance(8)
+        assert (await call(results.get, "a1")).value == 2
+
+    async def test_a_result_of_an_older_claim_never_replaces_a_newer_ones(
+        self, results: Any
+    ) -> None:
+        await call(results.store, success("a1", "second", attempt=2, claim=2))
+        await call(results.store, success("a1", "first", attempt=1, claim=1))
+        assert (await call(results.get, "a1")).value == "second"
+        await call(results.store, success("a1", "third", attempt=1, claim=3))
+        assert (await call(results.get, "a1")).value == "third"
+
+    async def test_a_result_of_an_older_attempt_never_replaces_a_newer_ones(
+        self, results: Any
+    ) -> None:
+        await call(results.store, success("a1", "second", attempt=2))
+        await call(results.store, success("a1", "first", attempt=1))
+        assert (await call(results.get, "a1")).value == "second"
+        await call(results.store, success("a1", "second again", attempt=2))
+        assert (await call(results.get, "a1")).value == "second again"
+
+    async def test_a_result_lives_as_long_as_told(
+        self, results: Any, clock: Clock
+    ) -> None:
+        await call(results.store, success("a1"), ttl=10.0)
+        clock.advance(9.999)
+        assert await call(results.get, "a1") is not None
+        clock.advance(0.002)
+        assert await call(results.get, "a1") is None
+
+    async def test_a_result_lives_seven_days_unless_told_otherwise(
+        self, results: Any, clock: Clock
+    ) -> None:
+        await call(results.store, success("a1"))
+        clock.advance(604_799)
+        assert await call(results.get, "a1") is not None
+        clock.advance(2)
+        assert await call(results.get, "a1") is None
+
+    async def test_the_default_life_is_an_option(self, api: Api, clock: Clock) -> None:
+        results = api.results(ttl=5.0)
+        await call(results.store_many, [success("a1"), success("b2")])
+        clock.advance(4)
+        assert len(await call(results.list_results)) == 2
+        clock.advance(2)
+        assert await call(results.list_results) == []
+
+    async def test_with_a_life_of_none_it_is_kept_for_ever(
+        self, api: Api, clock: Clock
+    ) -> None:
+        results = api.results(ttl=None)
+        await call(results.store, success("a1"))
+        clock.advance(1e9)
+        assert await call(results.get, "a1") is not None
+        assert await call(results.purge) == 0
+
+    async def test_many_are_stored_at_once_or_not_at_all(self, results: Any) -> None:
+        await call(results.store_many, (success(name, name) for name in "abc"))
+        assert len(await call(results.list_results)) == 3
+        with pytest.raises(SerializationError):
+            await call(results.store_many, [success("d"), success("e", object())])
+        assert len(await call(results.list_results)) == 3
+
+    @pytest.mark.parametrize("ttl", [-1.0, float("nan"), "long"])
+    async def test_a_life_out_of_range_is_refused(
+        self, api: Api, results: Any, ttl: Any
+    ) -> None:
+        with pytest.raises(ValueError, match="ttl"):
+            await call(results.store, success("a1"), ttl=ttl)
+        with pytest.raises(ValueError, match="ttl"):
+            api.results(ttl=ttl)
+
+
+class TestGetResult:
+    async def test_an_unknown_id_is_none(self, results: Any) -> None:
+        assert await call(results.get, "unknown") is None
+
+    async def test_reading_leaves_it_there(self, results: Any) -> None:
+        await call(results.store, success("a1", 7))
+        for _ in range(2):
+            assert (await call(results.get, "a1")).value == 7
+
+    async def test_many_are_found_by_id(self, results: Any, clock: Clock) -> None:
+        await call(results.store_many, [success("a", 1), success("b", 2)])
+        await call(results.store, success("c", 3), ttl=1.0)
+        clock.advance(2)
+        found = await call(results.get_many, iter(["b", "unknown", "a", "c", "a"]))
+        assert {task_id: result.value for task_id, result in found.items()} == {
+            "a": 1,
+            "b": 2,
+        }
+        assert await call(results.get_many, []) == {}
+
+
+class TestWaitForResult:
+    async def test_one_that_is_there_is_returned_at_once(self, results: Any) -> None:
+        await call(results.store, success("a1", 7))
+        assert (await call(results.wait, "a1", timeout=0)).value == 7
+        assert (await call(results.wait, "a1")).value == 7
+
+    async def test_a_timeout_that_runs_out_is_an_error(self, results: Any) -> None:
+        begun = time.monotonic()
+        with pytest.raises(TimeoutError, match="a1"):
+            await aside(results.wait, "a1", timeout=0.05)
+        assert 0.045 <= time.monotonic() - begun < 5.0
+        with pytest.raises(TimeoutError):
+            await call(results.wait, "a1", timeout=0)
+
+    async def test_it_wakes_when_the_result_is_stored(
+        self, api: Api, results: Any
+    ) -> None:
+        for storage in (results, api.results()):
+            waiting = started(aside(results.wait, "a1"))
+            await settled_in()
+            begun = time.monotonic()
+            await call(storage.store, success("b2", 0))
+            await call(storage.store, success("a1", 7))
+            assert (await waiting).value == 7
+            assert time.monotonic() - begun < 2.0
+            await call(results.delete, "a1")
+
+    async def test_it_wakes_when_another_process_stores_it(self, api: Api) -> None:
+        results = api.results(clock=time.time)
+        waiting = started(aside(results.wait, "a1", timeout=DEADLINE))
+        await settled_in()
+        sent = await asyncio.to_thread(
+            run_child,
+            """
+            import sys, time
+            from omniq_sqlite import SQLiteResultStorage, TaskResult
+            with SQLiteResultStorage(sys.argv[1]) as results:
+                results.store(TaskResult("a1", "success", [time.time()]))
+                time.sleep(0.5)
+            """,
+            api.path,
+        )
+        assert sent == ""
+        assert (await waiting).status == "success"
+
+    @pytest.mark.parametrize("seconds", [-1.0, float("nan")])
+    async def test_a_timeout_out_of_range_is_refused(
+        self, results: Any, seconds: Any
+    ) -> None:
+        with pytest.raises(ValueError, match="timeout"):
+            await call(results.wait, "a1", timeout=seconds)
+
+
+class TestDeleteResult:
+    async def test_it_says_whether_there_was_one(self, results: Any) -> None:
+        await call(results.store, success("a1"))
+        assert await call(results.delete, "a1") is True
+        assert await call(results.get, "a1") is None
+        assert await call(results.delete, "a1") is False
+
+
+class TestListResults:
+    async def test_a_list_holds_what_matches(self, results: Any) -> None:
+        for name, status in zip(
+            "abcd", ["success", "error", "success", "cancelled"], strict=True
+        ):
+            await call(results.store, TaskResult(name, ResultStatus(status)))
+        cases: list[tuple[dict[str, Any], str]] = [
+            ({}, "abcd"),
+            ({"status": "success"}, "ac"),
+            ({"status": ResultStatus.CANCELLED}, "d"),
+            ({"limit": 2}, "ab"),
+            ({"limit": 2, "offset": 1}, "bc"),
+            ({"status": "success", "offset": 1}, "c"),
+            ({"offset": 4}, ""),
+        ]
+        for filters, found in cases:
+            listed = await call(results.list_results, **filters)
+            assert "".join(result.task_id for result in listed) == found, filters
+
+    @pytest.mark.parametrize(
+        ("arguments", "name"),
+        [({"status": "lost"}, "status"), ({"limit": -1}, "limit")],
+    )
+    async def test_an_argument_out_of_range_is_refused(
+        self, results: Any, arguments: dict[str, Any], name: str
+    ) -> None:
+        with pytest.raises(ValueError, match=name):
+            await call(results.list_results, **arguments)
+
+
+class TestPurgeResults:
+    async def test_it_deletes_the_expired_ones(
+        self, api: Api, results: Any, clock: Clock
+    ) -> None:
+        await call(results.store, success("a"), ttl=5.0)
+        await call(results.store, success("b"), ttl=50.0)
+        clock.advance(6)
+        assert await call(results.purge) == 1
+        rows = read_rows(api.path, "SELECT task_id FROM omniq_result_view")
+        assert rows == [{"task_id": "b"}]
+
+    async def test_it_deletes_the_older_ones(self, results: Any, clock: Clock) -> None:
+        for name in "abc":
+            await call(results.store, success(name))
+            clock.advance(10)
+        assert await call(results.purge, older_than=15.0) == 2
+        assert [r.task_id for r in await call(results.list_results)] == ["c"]
+
+    async def test_an_argument_out_of_range_is_refused(self, results: Any) -> None:
+        with pytest.raises(ValueError, match="older_than"):
+            await call(results.purge, older_than=-1.0)
+
+
+# =============================================================================
+# Events
+# =============================================================================
+
+
+class TestTaskEvent:
+    def test_it_takes_what_the_contract_says(self) -> None:
+        assert list(inspect.signature(TaskEvent).parameters) == [
+            "type",
+            "task_id",
+            "queue",
+            "message",
+            "details",
+            "worker",
+            "at",
+            "id",
+        ]
+        before = datetime.now(UTC)
+        event = TaskEvent("note")
+        assert before <= event.at <= datetime.now(UTC)
+        assert (event.task_id, event.queue, event.worker) == (None, None, None)
+        assert (event.message, event.details, event.id) == ("", {}, None)
+
+    @pytest.mark.parametrize(
+        ("fields", "name"),
+        [
+            ({"type": ""}, "type"),
+            ({"task_id": ""}, "task_id"),
+            ({"queue": 7}, "queue"),
+            ({"message": 7}, "message"),
+            ({"details": 7}, "details"),
+            ({"at": NAIVE}, "at"),
+        ],
+        ids=str,
+    )
+    def test_a_value_out_of_range_is_refused(
+        self, fields: dict[str, Any], name: str
+    ) -> None:
+        with pytest.raises(ValueError, match=name):
+            TaskEvent(**{"type": "note", **fields})
+
+
+class TestLog:
+    async def test_everything_given_comes_back(self, events: Any) -> None:
+        event = TaskEvent(
+            "stock counted",
+            task_id="a1",
+            queue="mail",
+            message="nach dem Essen 🐟",
+            details={"when": at(1), "left": (1, 2)},
+            worker="w1",
+            at=at(-5),
+        )
+        await call(events.log, event)
+        (found,) = await call(events.query)
+        assert dataclasses.replace(found, id=None) == event
+        assert isinstance(found.id, str)
+        assert found.id != ""
+
+    async def test_the_id_given_is_ignored(self, events: Any) -> None:
+        await call(events.log, TaskEvent("note", id="1000000"))
+        await call(events.log, TaskEvent("note", id="1000000"))
+        one, two = await call(events.query)
+        assert one.id != two.id
+
+    async def test_a_known_type_comes_back_as_such(self, events: Any) -> None:
+        await call(events.log_many, [TaskEvent("enqueued"), TaskEvent("my own")])
+        one, two = await call(events.query)
+        assert one.type is EventType.ENQUEUED
+        assert two.type == "my own"
+
+    async def test_many_are_logged_in_order_or_not_at_all(self, events: Any) -> None:
+        await call(events.log_many, (TaskEvent(name) for name in "abc"))
+        with pytest.raises(SerializationError):
+            await call(
+                events.log_many,
+                [TaskEvent("d"), TaskEvent("e", details={"x": object()})],
+            )
+        assert await get_types(events) == ["a", "b", "c"]
+
+
+async def log_some(events: Any) -> None:
+    await call(
+        events.log_many,
+        [
+            TaskEvent("a", task_id="one", queue="default", at=at(0)),
+            TaskEvent("b", task_id="two", queue="default", at=at(10)),
+            TaskEvent("a", task_id="two", queue="mail", at=at(20)),
+            TaskEvent("b", task_id="one", queue="mail", at=at(30)),
+            TaskEvent("c", at=at(15)),
+        ],
+    )
+
+
+FILTERS: list[tuple[dict[str, Any], list[int]]] = [
+    ({}, [0, 1, 2, 3, 4]),
+    ({"task_id": "one"}, [0, 3]),
+    ({"queue": "mail"}, [2, 3]),
+    ({"type": "a"}, [0, 2]),
+    ({"type": "a", "task_id": "two"}, [2]),
+    ({"type": "c", "task_id": "two"}, []),
+    ({"since": at(10)}, [1, 2, 3, 4]),
+    ({"since": at(10.001)}, [2, 3, 4]),
+    ({"until": at(20)}, [0, 1, 4]),
+    ({"until": at(20.001)}, [0, 1, 2, 4]),
+    ({"since": at(10), "until": at(20)}, [1, 4]),
+    ({"since": at(10), "task_id": "two"}, [1, 2]),
+    ({"since": at(10).astimezone(timezone(timedelta(hours=-7)))}, [1, 2, 3, 4]),
+    ({"after": "0"}, [0, 1, 2, 3, 4]),
+]
+
+
+class TestQuery:
+    async def test_it_gives_what_matches_oldest_first(self, events: Any) -> None:
+        await log_some(events)
+        everything = await call(events.query)
+        for filters, found in FILTERS:
+            expected = [everything[index] for index in found]
+            assert await call(events.query, **filters) == expected, filters
+            newest = await call(events.query, newest_first=True, **filters)
+            assert newest == expected[::-1], filters
+            assert await call(events.count, **filters) == len(found), filters
+
+    async def test_after_an_event_come_the_later_ones(self, events: Any) -> None:
+        await log_some(events)
+        everything = await call(events.query)
+        for index, event in enumerate(everything):
+            later = everything[index + 1 :]
+            assert await call(events.query, after=event.id) == later
+            assert await call(events.count, after=event.id) == len(later)
+            newest = await call(events.query, after=event.id, newest_first=True)
+            assert newest == later[::-1]
+
+    async def test_a_limit_cuts_the_end_off(self, events: Any) -> None:
+        await log_some(events)
+        everything = await call(events.query)
+        assert await call(events.query, limit=2) == everything[:2]
+        newest = await call(events.query, limit=2, newest_first=True)
+        assert newest == everything[::-1][:2]
+        page = await call(events.query, limit=2, after=everything[1].id)
+        assert page == everything[2:4]
+
+    async def test_it_gives_a_hundred_unless_told_otherwise(self, events: Any) -> None:
+        await call(events.log_many, [TaskEvent("note") for _ in range(150)])
+        assert len(await call(events.query)) == 100
+        assert await call(events.count) == 150
+
+    @pytest.mark.parametrize(
+        ("arguments", "name"),
+        [
+            ({"since": NAIVE}, "since"),
+            ({"until": NAIVE}, "until"),
+            ({"after": "tomorrow"}, "after"),
+            ({"after": 7}, "after"),
+            ({"limit": -1}, "limit"),
+        ],
+        ids=str,
+    )
+    async def test_an_argument_out_of_range_is_refused(
+        self, events: Any, arguments: dict[str, Any], name: str
+    ) -> None:
+        with pytest.raises(ValueError, match=name):
+            await call(events.query, **arguments)
+
+
+class TestFollow:
+    async def test_it_gives_what_is_logged_from_the_call_on(self, events: Any) -> None:
+        await call(events.log, TaskEvent("before"))
+        following = events.follow()
+        await call(events.log, TaskEvent("first"))
+        assert [event.type for event in await take(following, 1)] == ["first"]
+        await call(events.log_many, [TaskEvent("second"), TaskEvent("third")])
+        assert [e.type for e in await take(following, 2)] == ["second", "third"]
+        await close_follow(following)
+
+    async def test_it_waits_for_new_events(self, api: Api, events: Any) -> None:
+        following = events.follow()
+        await call(events.count)
+        for storage in (events, api.events()):
+            taking = started(take(following, 1))
+            await settled_in()
+            assert not taking.done()
+            begun = time.monotonic()
+            await call(storage.log, TaskEvent("new"))
+            assert [event.type for event in await taking] == ["new"]
+            assert time.monotonic() - begun < 2.0
+        await close_follow(following)
+
+    async def test_nought_is_before_the_first(self, events: Any) -> None:
+        await call(events.log_many, [TaskEvent("a"), TaskEvent("b")])
+        following = events.follow(after="0")
+        assert [event.type for event in await take(following, 2)] == ["a", "b"]
+        await call(events.log, TaskEvent("c"))
+        assert [event.type for event in await take(following, 1)] == ["c"]
+        await close_follow(following)
+
+    async def test_it_goes_on_after_a_cursor(self, events: Any) -> None:
+        await call(events.log_many, [TaskEvent("a"), TaskEvent("b"), TaskEvent("c")])
+        first = (await call(events.query))[0]
+        following = events.follow(after=first.id)
+        assert [event.type for event in await take(following, 2)] == ["b", "c"]
+        await close_follow(following)
+
+    async def test_many_events_come_complete_and_in_order(self, events: Any) -> None:
+        await call(
+            events.log_many, [TaskEvent("n", details={"n": n}) for n in range(1_200)]
+        )
+        following = events.follow(after="0")
+        taken = await take(following, 1_200)
+        assert [event.details["n"] for event in taken] == list(range(1_200))
+        await close_follow(following)
+
+    async def test_it_is_woken_by_another_process(self, api: Api, events: Any) -> None:
+        await call(events.count)
+        following = events.follow()
+        taking = started(take(following, 1))
+        await settled_in()
+        await asyncio.to_thread(
+            run_child,
+            """
+            import sys
+            from omniq_sqlite import SQLiteEventStorage, TaskEvent
+            with SQLiteEventStorage(sys.argv[1]) as events:
+                events.log(TaskEvent("from the child"))
+            """,
+            api.path,
+        )
+        assert [event.type for event in await taking] == ["from the child"]
+        await close_follow(following)
+
+    async def test_closing_ends_it(self, events: Any) -> None:
+        following = events.follow(after="0")
+        await call(events.log, TaskEvent("a"))
+        await take(following, 1)
+        await close_follow(following)
+        await close_follow(following)
+        if hasattr(following, "__anext__"):
+            assert [event async for event in following] == []
+        else:
+            assert list(following) == []
+
+    async def test_closing_it_before_its_first_event_ends_it(self, events: Any) -> None:
+        following = events.follow()
+        await close_follow(following)
+        if hasattr(following, "__anext__"):
+            assert [event async for event in following] == []
+        else:
+            assert list(following) == []
+
+    async def test_closing_it_from_elsewhere_ends_its_wait(self, events: Any) -> None:
+        following = events.follow()
+
+        async def read() -> list[Any]:
+            if hasattr(following, "__anext__"):
+                return [event async for event in following]
+            found: list[Any] = await aside(list, following)
+            return found
+
+        reading = started(read())
+        await settled_in()
+        await call(events.log, TaskEvent("a"))
+        await settled_in()
+        await close_follow(following)
+        taken = await asyncio.wait_for(reading, DEADLINE)
+        assert [event.type for event in taken] == ["a"]
+
+    async def test_a_following_call_that_was_cancelled_can_go_on(
+        self, tmp_path: Path
+    ) -> None:
+        async with AsyncSQLiteEventStorage(tmp_path / "jobs.db") as events:
+            following = events.follow()
+            taking = started(anext(following))
+            await settled_in()
+            taking.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await taking
+            await events.log(TaskEvent("a"))
+            assert [event.type for event in await take(following, 1)] == ["a"]
+            await following.aclose()
+
+    @pytest.mark.parametrize("after", ["tomorrow", 7, ""])
+    async def test_a_cursor_that_is_none_is_refused(
+        self, events: Any, after: Any
+    ) -> None:
+        with pytest.raises(ValueError, match="after"):
+            events.follow(after=after)
+
+
+class TestPurgeEvents:
+    async def test_it_deletes_the_older_ones(self, events: Any, clock: Clock) -> None:
+        await log_some(events)
+        clock.advance(30)
+        assert await call(events.purge, older_than=12.0) == 3
+        assert await get_types(events) == ["a", "b"]
+        assert await call(events.purge, older_than=12.0) == 0
+
+    async def test_an_id_is_never_used_twice(
+        self, api: Api, events: Any, clock: Clock
+    ) -> None:
+        await log_some(events)
+        before = {event.id for event in await call(events.query)}
+        last = (await call(events.query, newest_first=True))[0]
+        clock.advance(100)
+        assert await call(events.purge, older_than=0.0) == 5
+        await call(events.close)
+        events = api.events()
+        await call(events.log, TaskEvent("new"))
+        (event,) = await call(events.query)
+        assert event.id not in before
+        assert await call(events.query, after=last.id) == [event]
+
+    async def test_a_cursor_outlives_a_purge(self, events: Any, clock: Clock) -> None:
+        await log_some(events)
+        first = (await call(events.query))[0]
+        following = events.follow(after=first.id)
+        clock.advance(12)
+        await call(events.purge, older_than=0.0)
+        assert [event.type for event in await take(following, 3)] == ["a", "b", "c"]
+        await close_follow(following)
+
+    async def test_an_argument_out_of_range_is_refused(self, events: Any) -> None:
+        with pytest.raises(ValueError, match="older_than"):
+            await call(events.purge, older_than=-1.0)
+
+
+class TestEventsOfTasks:
+    """Each change of a task logs its event, where an event storage is given."""
+
+    @pytest.fixture(params=["same file", "own file"])
+    def events(self, request: pytest.FixtureRequest, api: Api) -> Any:
+        own = request.param == "own file"
+        return api.events(api.folder / "events.db" if own else None)
+
+    @pytest.fixture
+    def queue(self, api: Api, events: Any) -> Any:
+        return api.queue(events=events)
+
+    async def get_new(self, events: Any) -> list[tuple[str, str | None, str | None]]:
+        found = await call(events.query)
+        return [(str(event.type), event.task_id, event.queue) for event in found]
+
+    async def test_enqueue(self, queue: Any, events: Any) -> None:
+        await call(queue.enqueue, Task("f", id="a1", queue="mail"))
+        await call(queue.enqueue_many, [Task("f", id="b2"), Task("f", id="c3")])
+        assert await self.get_new(events) == [
+            ("enqueued", "a1", "mail"),
+            ("enqueued", "b2", "default"),
+            ("enqueued", "c3", "default"),
+        ]
+        assert (await call(events.query))[0].at == at(0)
+
+    async def test_a_task_that_was_not_added_logs_nothing(
+        self, queue: Any, events: Any
+    ) -> None:
+        await call(queue.enqueue, Task("f", id="a1", unique_key="k"))
+        await call(queue.enqueue, Task("f", unique_key="k"))
+        with pytest.raises(DuplicateTaskError):
+            await call(queue.enqueue, Task("f", id="a1"))
+        with pytest.raises(DuplicateTaskError):
+            await call(queue.enqueue_many, [Task("f"), Task("f", id="a1")])
+        assert await self.get_new(events) == [("enqueued", "a1", "default")]
+
+    async def test_dequeue_and_complete(
+        self, queue: Any, events: Any, clock: Clock
+    ) -> None:
+        await call(queue.enqueue_many, [Task("f", id="a1"), Task("f", id="b2")])
+        one, two = await call(queue.dequeue_many, 2, worker="w1")
+        clock.advance(3)
+        await call(queue.complete, one)
+        await call(queue.complete_many, [two])
+        found = await call(events.query)
+        assert [(str(event.type), event.task_id) for event in found[2:]] == [
+            ("dequeued", "a1"),
+            ("dequeued", "b2"),
+            ("completed", "a1"),
+            ("completed", "b2"),
+        ]
+        assert found[2].worker == "w1"
+        assert found[5].at == at(3)
+
+    async def test_what_was_not_completed_logs_nothing(
+        self, queue: Any, events: Any
+    ) -> None:
+        await call(queue.enqueue_many, [Task("f", id="a1"), Task("f", id="b2")])
+        claimed = await call(queue.dequeue_many, 2)
+        await call(queue.cancel, "a1")
+        with pytest.raises(LeaseLostError):
+            await call(queue.complete_many, claimed)
+        assert (await self.get_new(events))[4:] == [
+            ("cancelled", "a1", "default"),
+            ("completed", "b2", "default"),
+        ]
+
+    async def test_fail(self, queue: Any, events: Any) -> None:
+        await call(queue.enqueue, Task("f", id="a1", max_attempts=2))
+        await call(queue.fail, await claim(queue), "one", delay=0.0)
+        await call(queue.fail, await claim(queue), "two", delay=0.0)
+        types = [event[0] for event in await self.get_new(events)]
+        assert types == ["enqueued", "dequeued", "retry", "dequeued", "failed"]
+
+    async def test_release(self, queue: Any, events: Any) -> None:
+        await call(queue.enqueue, Task("f", id="a1"))
+        await call(queue.release, await claim(queue))
+        assert (await self.get_new(events))[2:] == [("released", "a1", "default")]
+
+    async def test_cancel(self, queue: Any, events: Any) -> None:
+        for name in ("a1", "b2", "c3"):
+            await call(queue.enqueue, Task("f", id=name))
+        await call(queue.cancel, "a1")
+        await call(queue.cancel, "a1")
+        await call(queue.cancel, "unknown")
+        await call(queue.cancel_all)
+        assert sorted((await self.get_new(events))[3:]) == [
+            ("cancelled", "a1", "default"),
+            ("cancelled", "b2", "default"),
+            ("cancelled", "c3", "default"),
+        ]
+
+    async def test_retry(self, queue: Any, events: Any) -> None:
+        await make_failed(queue, Task("f", id="a1"))
+        await call(queue.retry, "a1")
+        await call(queue.cancel, "a1")
+        await call(queue.retry_all)
+        types = [event[0] for event in await self.get_new(events)]
+        assert types[2:] == ["failed", "retry", "cancelled", "retry"]
+
+    async def test_expiry(self, queue: Any, events: Any, clock: Clock) -> None:
+        await call(queue.enqueue, Task("f", id="a1", expires_at=at(5)))
+        clock.advance(6)
+        await call(queue.dequeue)
+        assert (await self.get_new(events))[1:] == [("expired", "a1", "default")]
+
+    async def test_the_end_of_a_lease(
+        self, queue: Any, events: Any, clock: Clock
+    ) -> None:
+        await call(queue.enqueue, Task("f", id="a1", max_attempts=2))
+        await claim(queue, lease=10.0, worker="w1")
+        clock.advance(11)
+        await claim(queue, lease=10.0, worker="w2")
+        clock.advance(11)
+        await call(queue.dequeue)
+        found = await call(events.query)
+        types = [str(event.type) for event in found]
+        assert types[:4] == ["enqueued", "dequeued", "lease_lost", "dequeued"]
+        assert types[4:] in (["failed"], ["lease_lost", "failed"])
+        assert found[2].worker == "w1"
+
+    async def test_reclaim(self, queue: Any, events: Any) -> None:
+        await call(queue.enqueue, Task("f", id="a1"))
+        await claim(queue, worker="w1")
+        await call(queue.reclaim, "w1")
+        await claim(queue, worker="w2")
+        types = [event[0] for event in await self.get_new(events)]
+        assert types == ["enqueued", "dequeued", "lease_lost", "dequeued"]
+
+    async def test_the_events_of_a_task_tell_its_life_in_order(
+        self, queue: Any, events: Any
+    ) -> None:
+        await call(queue.enqueue, Task("f", id="a1"))
+        await call(queue.release, await claim(queue))
+        await call(queue.fail, await claim(queue), "no", delay=0.0)
+        await call(queue.complete, await claim(queue))
+        assert await get_types(events, task_id="a1") == [
+            "enqueued",
+            "dequeued",
+            "released",
+            "dequeued",
+            "retry",
+            "dequeued",
+            "completed",
+        ]
+
+
+class TestEventsInTheTransaction:
+    async def test_on_one_file_both_are_there_or_neither(self, api: Api) -> None:
+        backend = api.backend(events=True)
+        await call(backend.enqueue, Task("f", id="a1"))
+        await call(backend.enqueue, Task("f", id="b2"))
+        task = await claim(backend.queue)
+        refuse_inserts(api.path, "omniq_event")
+        before = await call(backend.queue.list_tasks)
+        for method, arguments in [
+            (backend.queue.enqueue, (Task("g"),)),
+            (backend.queue.enqueue_many, ([Task("g"), Task("h")],)),
+            (backend.queue.dequeue, ()),
+            (backend.queue.complete, (task,)),
+            (backend.queue.complete_many, ([task],)),
+            (backend.queue.fail, (task, "no")),
+            (backend.queue.release, (task,)),
+            (backend.queue.cancel, ("b2",)),
+            (backend.queue.cancel_all, ()),
+            (backend.complete, (task, 7)),
+        ]:
+            with pytest.raises((sqlite3.Error, OmniQError)):
+                await call(method, *arguments)
+            assert await call(backend.queue.list_tasks) == before
+        assert await get_types(backend.events) == ["enqueued", "enqueued", "dequeued"]
+        assert await call(backend.results.list_results) == []
+
+    async def test_separate_objects_on_one_file_share_the_transaction_too(
+        self, api: Api
+    ) -> None:
+        events = api.events()
+        queue = api.queue(events=events)
+        await call(queue.enqueue, Task("f"))
+        refuse_inserts(api.path, "omniq_event")
+        with pytest.raises((sqlite3.Error, OmniQError)):
+            await call(queue.enqueue, Task("g"))
+        assert await call(queue.count_tasks) == 1
+        assert await call(events.count) == 1
+
+    async def test_elsewhere_a_failure_is_a_log_record_and_no_error(
+        self, api: Api, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        path = api.folder / "events.db"
+        events = api.events(path)
+        queue = api.queue(events=events)
+        await call(events.count)
+        refuse_inserts(path, "omniq_event")
+        with caplog.at_level(logging.DEBUG, logger="omniq_sqlite"):
+            await call(queue.enqueue, Task("f", ("a secret",), {"key": "a secret"}))
+            await call(queue.complete, await claim(queue))
+        assert await call(queue.count_tasks) == 0
+        assert await call(events.count) == 0
+        records = [r for r in caplog.records if r.name == "omniq_sqlite"]
+        assert any(record.levelno >= logging.WARNING for record in records)
+        assert "a secret" not in caplog.text
+
+    async def test_elsewhere_an_operation_that_failed_logs_no_event(
+        self, api: Api
+    ) -> None:
+        events = api.events(api.folder / "events.db")
+        queue = api.queue(events=events)
+        await call(queue.enqueue, Task("f", id="a1"))
+        with pytest.raises(DuplicateTaskError):
+            await call(queue.enqueue, Task("f", id="a1"))
+        task = await claim(queue)
+        refuse_ends(api.path)
+        with pytest.raises((sqlite3.Error, OmniQError)):
+            await call(queue.complete, task)
+        assert await get_types(events) == ["enqueued", "dequeued"]
+
+    async def test_without_an_event_storage_there_are_no_events(
+        self, api: Api, queue: Any
+    ) -> None:
+        await call(queue.enqueue, Task("f"))
+        await call(queue.complete, await claim(queue))
+        assert "omniq_event" not in get_names(api.path)
+
+
+class TestLogging:
+    def test_the_library_is_silent_unless_asked(self) -> None:
+        handlers = logging.getLogger("omniq_sqlite").handlers
+        assert any(isinstance(handler, logging.NullHandler) for handler in handlers)
+
+    async def test_a_payload_is_never_logged(
+        self, api: Api, clock: Clock, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        backend = api.backend(events=True)
+        payload = "hunter2"
+        with caplog.at_level(logging.DEBUG):
+            await call(
+                backend.enqueue,
+                Task("f", (payload,), {"k": payload}, metadata={"k": payload}),
+            )
+            task = await claim(backend.queue, lease=1.0)
+            await call(backend.queue.extend, task, 1.0, progress=payload)
+            clock.advance(2)
+            task = await claim(backend.queue)
+            await call(backend.complete, task, payload)
+            with pytest.raises(LeaseLostError):
+                await call(backend.complete, task, payload)
+            await call(backend.cleanup)
+            await call(backend.check)
+        assert payload not in caplog.text
+
+
+class TestViews:
+    async def test_tasks_are_there_with_readable_times(
+        self, api: Api, queue: Any
+    ) -> None:
+        await call(queue.enqueue, Task("f", (1,), id="a1"), delay=1.5)
+        (row,) = read_rows(api.path, "SELECT * FROM omniq_task_view")
+        assert (row["id"], row["func"], row["args"]) == ("a1", "f", "[1]")
+        assert row["created"].startswith("2027-01-15 08:00:00")
+        assert row["run_at"].startswith("2027-01-15 08:00:01.5")
+
+    async def test_results_are_there_with_readable_times(
+        self, api: Api, results: Any
+    ) -> None:
+        await call(results.store, success("a1", 7, finished_at=at(2)))
+        (row,) = read_rows(api.path, "SELECT * FROM omniq_result_view")
+        assert (row["task_id"], row["status"], row["value"]) == ("a1", "success", "7")
+        assert row["finished"].startswith("2027-01-15 08:00:02")
+        assert row["expires"].startswith("2027-01-22 08:00:00")
+
+    async def test_events_are_there_with_readable_times(
+        self, api: Api, events: Any
+    ) -> None:
+        await call(events.log, TaskEvent("note", task_id="a1", at=at(3)))
+        (row,) = read_rows(api.path, "SELECT * FROM omniq_event_view")
+        assert (row["type"], row["task_id"]) == ("note", "a1")
+        assert row["at"].startswith("2027-01-15 08:00:03")
+
+    @pytest.mark.parametrize(
+        ("kind", "present"),
+        [
+            ("Queue", "omniq_task"),
+            ("ResultStorage", "omniq_result"),
+            ("EventStorage", "omniq_event"),
+        ],
+    )
+    async def test_a_file_holds_only_what_it_was_opened_for(
+        self, api: Api, kind: str, present: str
+    ) -> None:
+        await touch(kind, api.make(kind))
+        tables = {"omniq_task", "omniq_result", "omniq_event"}
+        views = {name + "_view" for name in tables}
+        assert get_names(api.path) & tables == {present}
+        assert get_names(api.path) & views == {present + "_view"}
+
+
+# =============================================================================
+# Backend
+# =============================================================================
+
+
+class TestBackendParts:
+    async def test_queue_and_results_are_on_the_file_and_events_are_off(
+        self, api: Api
+    ) -> None:
+        backend = api.backend(queue=None, results=None, events=None)
+        assert backend.events is None
+        await call(backend.enqueue, Task("f"))
+        await call(backend.complete, await claim(backend.queue), 7)
+        names = get_names(api.path)
+        assert {"omniq_task", "omniq_result"} <= names
+        assert "omniq_event" not in names
+
+    async def test_a_part_may_have_a_file_of_its_own(self, api: Api) -> None:
+        backend = api.backend(
+            results=api.folder / "results.db", events=str(api.folder / "events.db")
+        )
+        await call(backend.enqueue, Task("f"))
+        await call(backend.complete, await claim(backend.queue), 7)
+        assert [r.value for r in await call(backend.results.list_results)] == [7]
+        assert await get_types(backend.events) == ["enqueued", "dequeued", "completed"]
+        tables = {"omniq_task", "omniq_result", "omniq_event"}
+        assert get_names(api.path) & tables == {"omniq_task"}
+        assert get_names(api.folder / "results.db") & tables == {"omniq_result"}
+        assert get_names(api.folder / "events.db") & tables == {"omniq_event"}
+
+    async def test_the_queue_may_have_a_file_of_its_own(self, api: Api) -> None:
+        backend = api.backend(queue=api.folder / "tasks.db")
+        await call(backend.enqueue, Task("f"))
+        assert "omniq_task" in get_names(api.folder / "tasks.db")
+        await call(backend.complete, await claim(backend.queue), 7)
+        assert "omniq_task" not in get_names(api.path)
+        assert "omniq_result" in get_names(api.path)
+
+    async def test_a_part_may_be_a_ready_object(self, api: Api) -> None:
+        results = api.results(api.folder / "results.db", ttl=None)
+        events = api.events(api.folder / "events.db")
+        queue = api.queue(api.folder / "tasks.db", events=events)
+        backend = api.backend(queue=queue, results=results, events=events)
+        assert backend.queue is queue
+        assert backend.results is results
+        assert backend.events is events
+        task_id = await call(backend.enqueue, Task("f"))
+        await call(backend.complete, await claim(backend.queue), 7)
+        assert (await call(results.get, task_id)).value == 7
+        assert await call(backend.status, task_id) == "completed"
+
+    async def test_a_part_may_be_off(self, api: Api) -> None:
+        backend = api.backend(results=False)
+        assert backend.results is None
+        task_id = await call(backend.enqueue, Task("f"))
+        await call(backend.complete, await claim(backend.queue), 7)
+        assert await call(backend.status, task_id) is None
+
+    async def test_it_hands_its_options_to_its_parts(
+        self, api: Api, clock: Clock
+    ) -> None:
+        backend = api.backend(
+            events=True, retention=60.0, result_ttl=10.0, event_retention=20.0
+        )
+        task_id = await call(backend.enqueue, Task("f"))
+        await call(backend.complete, await claim(backend.queue), 7)
+        assert await get_status(backend.queue, task_id) == "completed"
+        clock.advance(11)
+        assert await call(backend.results.get, task_id) is None
+        assert await call(backend.events.count) == 3
+        clock.advance(10)
+        await call(backend.cleanup)
+        assert await call(backend.events.count) == 0
+
+    @pytest.mark.parametrize("part", ["queue", "results", "events"])
+    async def test_a_part_that_is_nothing_of_the_kind_is_refused(
+        self, api: Api, part: str
+    ) -> None:
+        with pytest.raises((ValueError, TypeError), match=part):
+            api.backend(**{part: 7})
+
+    async def test_what_one_file_holds_is_changed_in_one_commit(self, api: Api) -> None:
+        backend = api.backend(events=True)
+        await call(backend.enqueue, Task("f"))
+        task = await claim(backend.queue)
+        refuse_inserts(api.path, "omniq_result")
+        with pytest.raises((sqlite3.Error, OmniQError)):
+            await call(backend.complete, task, 7, enqueue=[Task("next")])
+        assert [t.id for t in await call(backend.queue.list_tasks)] == [task.id]
+        assert await get_status(backend.queue, task.id) == "running"
+        assert await get_types(backend.events) == ["enqueued", "dequeued"]
+
+
+class TestBackendUrls:
+    def make(self, api: Api, url: str) -> Any:
+        return api.keep(api.get_class("Backend").from_url(url))
+
+    async def test_three_slashes_are_relative(
+        self, api: Api, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.chdir(api.folder)
+        backend = self.make(api, "sqlite:///relative.db?events=true")
+        await call(backend.enqueue, Task("f"))
+        assert await get_types(backend.events) == ["enqueued"]
+        assert (api.folder / "relative.db").exists()
+
+    async def test_four_slashes_are_absolute(self, api: Api) -> None:
+        backend = self.make(api, f"sqlite:///{api.path}")
+        await call(backend.enqueue, Task("f"))
+        assert api.path.exists()
+        assert backend.events is None
+
+    async def test_a_path_may_be_percent_encoded(self, api: Api) -> None:
+        backend = self.make(api, f"sqlite:///{api.folder}/my%20jobs%3F.db")
+        await call(backend.enqueue, Task("f"))
+        assert (api.folder / "my jobs?.db").exists()
+
+    async def test_a_database_in_memory_has_a_url(
+        self, api: Api, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.chdir(api.folder)
+        backend = self.make(api, "sqlite:///:memory:")
+        await call(backend.enqueue, Task("f"))
+        assert list(api.folder.iterdir()) == []
+
+    async def test_options_are_in_the_query(self, api: Api) -> None:
+        backend = self.make(
+            api,
+            f"sqlite:///{api.path}?results={api.folder}/results.db&events=false"
+            "&retention=60&result_ttl=5&synchronous=NORMAL&busy_timeout=2.5",
+        )
+        await call(backend.enqueue, Task("f"))
+        await call(backend.complete, await claim(backend.queue), 7)
+        assert await call(backend.queue.count_tasks, status="completed") == 1
+        assert (api.folder / "results.db").exists()
+        assert backend.events is None
+
+    @pytest.mark.parametrize(
+        ("query", "named"),
+        [
+            ("colour=red", "colour"),
+            ("retention=long", "retention"),
+            ("synchronous=SOMETIMES", "synchronous"),
+            ("clock=now", "clock"),
+        ],
+    )
+    async def test_an_unknown_option_or_value_is_refused(
+        self, api: Api, query: str, named: str
+    ) -> None:
+        with pytest.raises(ValueError, match=named):
+            self.make(api, f"sqlite:///{api.path}?{query}")
+
+    @pytest.mark.parametrize("url", ["sqlite://host/jobs.db", "sqlite:///", "jobs.db"])
+    async def test_a_url_that_names_no_file_is_refused(
+        self, api: Api, url: str
+    ) -> None:
+        with pytest.raises(ValueError, match=re.escape(url)):
+            self.make(api, url)
+
+    async def test_another_scheme_is_looked_up_among_the_entry_points(
+        self, api: Api, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        info = api.folder / "fake_engine-1.0.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text("Name: fake-engine\nVersion: 1.0\n")
+        (info / "entry_points.txt").write_text(
+            "[omniq.backends]\nfakesql = fake_engine:make\n"
+        )
+        (api.folder / "fake_engine.py").write_text(
+            "def make(url, *, asynchronous):\n    return (url, asynchronous)\n"
+        )
+        monkeypatch.syspath_prepend(str(api.folder))
+        made = api.get_class("Backend").from_url("fakesql://host/db?x=1")
+        assert made == ("fakesql://host/db?x=1", api.is_async)
+        sys.modules.pop("fake_engine")
+        with pytest.raises(ValueError, match="nothing") as caught:
+            api.get_class("Backend").from_url("nothing://host/db")
+        assert "fakesql" in str(caught.value)
+        assert "sqlite" in str(caught.value)
+
+    async def test_the_environment_names_the_files(
+        self, api: Api, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("OMNIQ_TASK_QUEUE_URL", f"sqlite:///{api.path}")
+        monkeypatch.delenv("OMNIQ_RESULT_STORAGE_URL", raising=False)
+        monkeypatch.delenv("OMNIQ_EVENT_STORAGE_URL", raising=False)
+        backend = api.keep(api.get_class("Backend").from_env())
+        await call(backend.enqueue, Task("f"))
+        await call(backend.complete, await claim(backend.queue), 7)
+        assert backend.events is None
+        assert {"omniq_task", "omniq_result"} <= get_names(api.path)
+
+    async def test_the_environment_may_name_three_files(
+        self, api: Api, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        base = f"sqlite:///{api.folder}"
+        monkeypatch.setenv("OMNIQ_TASK_QUEUE_URL", f"{base}/tasks.db?retention=60")
+        monkeypatch.setenv("OMNIQ_RESULT_STORAGE_URL", f"{base}/results.db")
+        monkeypatch.setenv("OMNIQ_EVENT_STORAGE_URL", f"{base}/events.db")
+        backend = api.keep(api.get_class("Backend").from_env())
+        await call(backend.enqueue, Task("f"))
+        await call(backend.complete, await claim(backend.queue), 7)
+        assert await call(backend.queue.count_tasks, status="completed") == 1
+        assert "omniq_result" in get_names(api.folder / "results.db")
+        assert await get_types(backend.events) == ["enqueued", "dequeued", "completed"]
+        assert "omniq_event" in get_names(api.folder / "events.db")
+
+    async def test_the_environment_may_name_another_engine(
+        self, api: Api, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("OMNIQ_TASK_QUEUE_URL", "nothing://host/db")
+        with pytest.raises(ValueError, match="nothing"):
+            api.get_class("Backend").from_env()
+
+    async def test_the_environment_must_name_the_queue(
+        self, api: Api, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.delenv("OMNIQ_TASK_QUEUE_URL", raising=False)
+        with pytest.raises((ValueError, LookupError), match="OMNIQ_TASK_QUEUE_URL"):
+            api.get_class("Backend").from_env()
+
+
+@pytest.fixture(params=["same file", "own file"])
+def split(request: pytest.FixtureRequest, api: Api) -> Any:
+    """Return a backend whose results share the queue's file, or do not."""
+    own = request.param == "own file"
+    return api.backend(results=api.folder / "results.db" if own else True, events=True)
+
+
+class TestBackendComplete:
+    async def test_the_result_tells_everything(self, split: Any, clock: Clock) -> None:
+        task_id = await call(split.enqueue, Task("f", metadata={"who": "me"}))
+        clock.advance(1)
+        task = await claim(split.queue, worker="w1")
+        clock.advance(2)
+        await call(split.complete, task, {"answer": (42,)})
+        result = await call(split.results.get, task_id)
+        assert (result.task_id, result.status) == (task_id, "success")
+        assert result.value == {"answer": (42,)}
+        assert (result.error, result.error_type, result.traceback) == (None, None, None)
+        assert (result.started_at, result.finished_at) == (at(1), at(3))
+        assert (result.worker, result.attempt) == ("w1", 1)
+        assert await call(split.queue.get_task, task_id) is None
+        assert await get_types(split.events) == ["enqueued", "dequeued", "completed"]
+
+    async def test_follow_up_tasks_are_enqueued(self, split: Any) -> None:
+        await call(split.enqueue, Task("f"))
+        task = await claim(split.queue)
+        successors = (Task(name) for name in "gh")
+        await call(split.complete, task, enqueue=successors)
+        assert await claim_names(split.queue) == ["g", "h"]
+
+    async def test_a_successor_may_carry_the_same_unique_key(self, split: Any) -> None:
+        first = await call(split.enqueue, Task("f", unique_key="k"))
+        task = await claim(split.queue)
+        await call(split.complete, task, 7, enqueue=[Task("g", unique_key="k")])
+        (successor,) = await call(split.queue.list_tasks)
+        assert (successor.func, successor.unique_key) == ("g", "k")
+        assert (await call(split.result, first, timeout=0)).value == 7
+
+    async def test_a_kept_task_lets_a_successor_carry_its_key_too(
+        self, api: Api
+    ) -> None:
+        backend = api.backend(retention=60.0)
+        await call(backend.enqueue, Task("f", unique_key="k"))
+        task = await claim(backend.queue)
+        await call(backend.complete, task, enqueue=[Task("g", unique_key="k")])
+        assert await claim_names(backend.queue) == ["g"]
+
+    async def test_a_successor_that_cannot_be_added_undoes_all(
+        self, backend: Any
+    ) -> None:
+        await call(backend.enqueue, Task("f"))
+        await call(backend.enqueue, Task("x", id="a1", queue="other"))
+        task = await claim(backend.queue)
+        with pytest.raises(DuplicateTaskError):
+            await call(backend.complete, task, 7, enqueue=[Task("g", id="a1")])
+        assert await get_status(backend.queue, task.id) == "running"
+        assert await call(backend.results.list_results) == []
+        await call(backend.complete, task, 7)
+
+    async def test_a_stale_lease_stores_no_result_and_adds_no_task(
+        self, split: Any, clock: Clock
+    ) -> None:
+        await call(split.enqueue, Task("f"))
+        old = await claim(split.queue, lease=5.0)
+        clock.advance(6)
+        await claim(split.queue)
+        with pytest.raises(LeaseLostError) as caught:
+            await call(split.complete, old, "old", enqueue=[Task("g")])
+        assert caught.value.task_ids == [old.id]
+        assert await call(split.results.get, old.id) is None
+        assert await call(split.queue.count_tasks) == 1
+
+    async def test_a_value_that_cannot_be_serialized_changes_nothing_but_its_task(
+        self, split: Any
+    ) -> None:
+        task_id = await call(split.enqueue, Task("f"))
+        task = await claim(split.queue)
+        with pytest.raises(SerializationError) as caught:
+            await call(split.complete, task, {"a": object()}, enqueue=[Task("g")])
+        assert caught.value.where == "value['a']"
+        assert await call(split.queue.count_tasks) == 1
+        assert await get_status(split.queue, task_id) in {"running", "failed"}
+
+    async def test_in_two_files_the_result_is_stored_before_the_status(
+        self, api: Api
+    ) -> None:
+        backend = api.backend(results=api.folder / "results.db")
+        task_id = await call(backend.enqueue, Task("f"))
+        task = await claim(backend.queue)
+        refuse_ends(api.path)
+        with pytest.raises((sqlite3.Error, OmniQError)):
+            await call(backend.complete, task, 7)
+        assert await get_status(backend.queue, task_id) == "running"
+        assert (await call(backend.results.get, task_id)).value == 7
+
+    async def test_in_two_files_a_result_that_cannot_be_stored_leaves_it_running(
+        self, api: Api
+    ) -> None:
+        backend = api.backend(results=api.folder / "results.db")
+        task_id = await call(backend.enqueue, Task("f"))
+        task = await claim(backend.queue)
+        await call(backend.results.list_results)
+        refuse_inserts(api.folder / "results.db", "omniq_result")
+        with pytest.raises((sqlite3.Error, OmniQError)):
+            await call(backend.complete, task, 7)
+        assert await get_status(backend.queue, task_id) == "running"
+
+    async def test_many_at_once_each_get_their_own_answer(self, backend: Any) -> None:
+        await call(backend.enqueue_many, [Task("f", (n,)) for n in range(40)])
+        tasks = await call(backend.queue.dequeue_many, 40)
+        for task in tasks[::4]:
+            await call(backend.queue.cancel, task.id)
+        outcomes = await asyncio.gather(
+            *(aside(backend.complete, task, task.args[0]) for task in tasks),
+            return_exceptions=True,
+        )
+        assert [isinstance(o, LeaseLostError) for o in outcomes] == [
+            True,
+            False,
+            False,
+            False,
+        ] * 10
+        values = [r.value for r in await call(backend.results.list_results)]
+        assert sorted(values) == [n for n in range(40) if n % 4]
+
+
+def divide() -> None:
+    raise ZeroDivisionError("by nought")
+
+
+def make_error() -> BaseException:
+    """Return an exception that was raised, with its traceback."""
+    with pytest.raises(ZeroDivisionError) as caught:
+        divide()
+    return caught.value
+
+
+class TestBackendFail:
+    async def test_a_retry_stores_no_result(self, split: Any) -> None:
+        task_id = await call(split.enqueue, Task("f", max_attempts=2))
+        task = await claim(split.queue)
+        assert await call(split.fail, task, make_error(), delay=5.0) == "scheduled"
+        assert await call(split.results.get, task_id) is None
+        found = await get(split.queue, task_id)
+        assert found.run_at == at(5)
+        assert "by nought" in (found.error or "")
+
+    async def test_the_last_failure_stores_one(self, split: Any, clock: Clock) -> None:
+        task_id = await call(split.enqueue, Task("f", max_attempts=1))
+        task = await claim(split.queue, worker="w1")
+        clock.advance(2)
+        assert await call(split.fail, task, make_error()) == "failed"
+        result = await call(split.results.get, task_id)
+        assert (result.status, result.value) == ("error", None)
+        assert result.error_type == "ZeroDivisionError"
+        assert "by nought" in result.error
+        assert "divide" in result.traceback
+        assert (result.started_at, result.finished_at) == (at(0), at(2))
+        assert (result.worker, result.attempt) == ("w1", 1)
+        assert await get_types(split.events) == ["enqueued", "dequeued", "failed"]
+
+    async def test_without_retry_it_is_final(self, split: Any) -> None:
+        task_id = await call(split.enqueue, Task("f", max_attempts=9))
+        task = await claim(split.queue)
+        assert await call(split.fail, task, make_error(), retry=False) == "failed"
+        assert (await call(split.results.get, task_id)).status == "error"
+
+    async def test_a_stale_lease_stores_no_result(self, split: Any) -> None:
+        task_id = await call(split.enqueue, Task("f"))
+        task = await claim(split.queue)
+        await call(split.queue.cancel, task_id)
+        with pytest.raises(LeaseLostError):
+            await call(split.fail, task, make_error(), retry=False)
+        assert await call(split.results.get, task_id) is None
+
+    async def test_an_exception_that_cannot_be_told_is_told_somehow(
+        self, split: Any
+    ) -> None:
+        class OddError(Exception):
+            def __str__(self) -> str:
+                raise ValueError("not even that")
+
+        for error in (OddError(), ValueError("\ud800 \0"), KeyError("x" * 10**6)):
+            task_id = await call(split.enqueue, Task("f"))
+            task = await claim(split.queue)
+            assert await call(split.fail, task, error, retry=False) == "failed"
+            result = await call(split.results.get, task_id)
+            assert result.error_type == type(error).__name__
+
+
+class TestBackendStatus:
+    async def test_it_is_the_queues_while_the_row_is_there(self, split: Any) -> None:
+        task_id = await call(split.enqueue, Task("f"), delay=5.0)
+        assert await call(split.status, task_id) is TaskStatus.SCHEDULED
+        task_id = await call(split.enqueue, Task("f"))
+        assert await call(split.status, task_id) is TaskStatus.PENDING
+        await claim(split.queue)
+        assert await call(split.status, task_id) is TaskStatus.RUNNING
+        await call(split.queue.cancel, task_id)
+        assert await call(split.status, task_id) is TaskStatus.CANCELLED
+
+    @pytest.mark.parametrize(
+        ("result", "status"),
+        [
+            (ResultStatus.SUCCESS, TaskStatus.COMPLETED),
+            (ResultStatus.ERROR, TaskStatus.FAILED),
+            (ResultStatus.CANCELLED, TaskStatus.CANCELLED),
+        ],
+    )
+    async def test_it_is_the_results_afterwards(
+        self, split: Any, result: ResultStatus, status: TaskStatus
+    ) -> None:
+        await call(split.results.store, TaskResult("a1", result))
+        assert await call(split.status, "a1") is status
+
+    async def test_a_completed_task_is_completed(self, split: Any) -> None:
+        task_id = await call(split.enqueue, Task("f"))
+        await call(split.complete, await claim(split.queue))
+        assert await call(split.status, task_id) is TaskStatus.COMPLETED
+
+    async def test_an_unknown_id_is_none(self, split: Any) -> None:
+        assert await call(split.status, "unknown") is None
+
+
+class TestBackendResult:
+    async def test_it_waits_for_the_result(self, split: Any) -> None:
+        task_id = await call(split.enqueue, Task("f"))
+        waiting = started(aside(split.result, task_id, timeout=DEADLINE))
+        await settled_in()
+        task = await claim(split.queue)
+        await settled_in()
+        assert not waiting.done()
+        await call(split.complete, task, 7)
+        assert (await waiting).value == 7
+
+    async def test_a_timeout_that_runs_out_is_an_error(self, split: Any) -> None:
+        task_id = await call(split.enqueue, Task("f"))
+        with pytest.raises(TimeoutError, match=task_id):
+            await aside(split.result, task_id, timeout=0.03)
+        with pytest.raises(TimeoutError):
+            await call(split.result, task_id, timeout=0)
+
+    async def test_an_unknown_id_is_an_error(self, split: Any) -> None:
+        with pytest.raises(TaskNotFoundError) as caught:
+            await call(split.result, "unknown", timeout=0)
+        assert caught.value.task_id == "unknown"
+
+    async def test_a_final_failure_ends_it(self, split: Any) -> None:
+        task_id = await call(split.enqueue, Task("f"))
+        await call(split.fail, await claim(split.queue), make_error(), retry=False)
+        result = await call(split.result, task_id, timeout=0)
+        assert (result.status, result.error_type) == ("error", "ZeroDivisionError")
+
+    async def test_it_ends_when_the_task_is_cancelled(self, split: Any) -> None:
+        task_id = await call(split.enqueue, Task("f"))
+        waiting = started(aside(split.result, task_id))
+        await settled_in()
+        await call(split.queue.cancel, task_id)
+        result = await waiting
+        assert (result.task_id, result.status) == (task_id, "cancelled")
+
+    async def test_it_ends_when_a_running_task_is_cancelled(self, split: Any) -> None:
+        task_id = await call(split.enqueue, Task("f"))
+        await claim(split.queue, worker="w1")
+        await call(split.queue.cancel, task_id)
+        result = await call(split.result, task_id, timeout=0)
+        assert result.status == "cancelled"
+
+    async def test_it_ends_when_the_task_expires(
+        self, split: Any, clock: Clock
+    ) -> None:
+        task_id = await call(split.enqueue, Task("f", expires_at=at(5)))
+        clock.advance(6)
+        await call(split.queue.dequeue)
+        result = await call(split.result, task_id, timeout=0)
+        assert result.status in {"error", "cancelled"}
+        assert "expire" in (result.error or "")
+
+    async def test_it_ends_when_the_task_is_out_of_attempts(
+        self, split: Any, clock: Clock
+    ) -> None:
+        task_id = await call(split.enqueue, Task("f", max_attempts=1))
+        await claim(split.queue, lease=5.0)
+        clock.advance(6)
+        await call(split.queue.dequeue)
+        result = await call(split.result, task_id, timeout=0)
+        assert (result.status, result.attempt) == ("error", 1)
+        assert "attempts" in (result.error or "")
+
+    @pytest.mark.parametrize("how", ["expired", "out of attempts"])
+    async def test_it_ends_by_time_alone_where_nobody_claims(
+        self, split: Any, clock: Clock, how: str
+    ) -> None:
+        task = Task("f", expires_at=at(5) if how == "expired" else None, max_attempts=1)
+        task_id = await call(split.enqueue, task)
+        if how == "out of attempts":
+            await claim(split.queue, lease=5.0)
+        waiting = started(aside(split.result, task_id, timeout=DEADLINE))
+        await settled_in()
+        clock.advance(6)
+        await asyncio.sleep(0)
+        await call(split.cleanup)
+        assert (await waiting).status in {"error", "cancelled"}
+
+    async def test_it_ends_when_the_queue_fails_the_task(self, split: Any) -> None:
+        task_id = await call(split.enqueue, Task("f"))
+        await call(split.queue.fail, await claim(split.queue), "rotten", retry=False)
+        result = await call(split.result, task_id, timeout=0)
+        assert (result.status, result.error) == ("error", "rotten")
+
+    async def test_a_result_of_a_round_before_a_retry_does_not_count(
+        self, split: Any
+    ) -> None:
+        task_id = await call(split.enqueue, Task("f"))
+        await call(split.fail, await claim(split.queue), make_error(), retry=False)
+        assert await call(split.queue.retry, task_id)
+        with pytest.raises(TimeoutError):
+            await call(split.result, task_id, timeout=0)
+        assert await call(split.status, task_id) == "pending"
+        task = await claim(split.queue)
+        with pytest.raises(TimeoutError):
+            await call(split.result, task_id, timeout=0)
+        await call(split.complete, task, 7)
+        assert (await call(split.result, task_id, timeout=0)).value == 7
+
+    async def test_a_result_of_a_round_before_a_cancelled_retry_does_not_count(
+        self, split: Any
+    ) -> None:
+        task_id = await call(split.enqueue, Task("f"))
+        await call(split.fail, await claim(split.queue), make_error(), retry=False)
+        await call(split.queue.retry, task_id)
+        await call(split.queue.cancel, task_id)
+        result = await call(split.result, task_id, timeout=0)
+        assert result.status == "cancelled"
+
+    @pytest.mark.parametrize("how", ["lease ended", "failed by the queue"])
+    async def test_a_round_that_stored_no_result_is_not_told_by_the_one_before(
+        self, split: Any, clock: Clock, how: str
+    ) -> None:
+        task_id = await call(split.enqueue, Task("f", max_attempts=1))
+        await call(split.fail, await claim(split.queue), make_error())
+        await call(split.queue.retry, task_id)
+        task = await claim(split.queue, lease=5.0)
+        if how == "lease ended":
+            clock.advance(6)
+            assert await call(split.queue.dequeue) is None
+        else:
+            await call(split.queue.fail, task, "no attempts left")
+        result = await call(split.result, task_id, timeout=0)
+        assert result.status == "error"
+        assert "by nought" not in result.error
+        assert "attempts" in result.error
+
+    async def test_the_result_of_a_retried_round_replaces_the_older_one(
+        self, split: Any
+    ) -> None:
+        task_id = await call(split.enqueue, Task("f", max_attempts=2))
+        await call(split.fail, await claim(split.queue), make_error(), delay=0.0)
+        await call(split.fail, await claim(split.queue), make_error())
+        await call(split.queue.retry, task_id)
+        task = await claim(split.queue)
+        assert task.attempt == 1
+        await call(split.complete, task, 7)
+        assert (await call(split.results.get, task_id)).value == 7
+
+    async def test_a_result_without_a_row_is_found(self, split: Any) -> None:
+        await call(split.results.store, success("a1", 7))
+        assert (await call(split.result, "a1", timeout=0)).value == 7
+
+    async def test_without_a_result_storage_it_is_made_from_the_row(
+        self, api: Api
+    ) -> None:
+        backend = api.backend(results=False, retention=60.0)
+        task_id = await call(backend.enqueue, Task("f"))
+        await call(backend.complete, await claim(backend.queue), 7)
+        result = await call(backend.result, task_id, timeout=0)
+        assert (result.task_id, result.status) == (task_id, "success")
+
+    @pytest.mark.parametrize("seconds", [-1.0, float("nan")])
+    async def test_a_timeout_out_of_range_is_refused(
+        self, backend: Any, seconds: Any
+    ) -> None:
+        with pytest.raises(ValueError, match="timeout"):
+            await call(backend.result, "a1", timeout=seconds)
+
+
+class TestCleanup:
+    async def test_what_ended_by_time_is_settled(
+        self, backend: Any, clock: Clock
+    ) -> None:
+        await call(backend.enqueue, Task("f", id="a", max_attempts=1, queue="mail"))
+        await claim(backend.queue, "mail", lease=5.0)
+        await call(backend.enqueue, Task("f", id="b", expires_at=at(5)))
+        await call(backend.enqueue, Task("f", id="c", queue="other", expires_at=at(50)))
+        await call(backend.enqueue, Task("f", id="d"))
+        clock.advance(6)
+        done = await call(backend.cleanup)
+        assert isinstance(done, dict)
+        assert {
+            task.id: str(task.status) for task in await call(backend.queue.list_tasks)
+        } == {"a": "failed", "b": "expired", "c": "pending", "d": "pending"}
+        assert "expired" in await get_types(backend.events, task_id="b")
+        assert "failed" in await get_types(backend.events, task_id="a")
+
+    async def test_expired_results_and_old_events_are_deleted(
+        self, backend: Any, clock: Clock
+    ) -> None:
+        await call(backend.results.store, success("a"), ttl=5.0)
+        await call(backend.results.store, success("b"))
+        await call(backend.events.log, TaskEvent("old", at=at(-2_592_001)))
+        await call(backend.events.log, TaskEvent("new", at=at(-2_591_000)))
+        clock.advance(6)
+        done = await call(backend.cleanup)
+        assert sum(done.values()) >= 2
+        assert [r.task_id for r in await call(backend.results.list_results)] == ["b"]
+        assert await get_types(backend.events) == ["new"]
+
+    async def test_where_there_is_nothing_to_do_it_does_nothing(
+        self, api: Api, backend: Any
+    ) -> None:
+        await call(backend.enqueue, Task("f"))
+        before = await call(backend.queue.list_tasks)
+        done = await call(backend.cleanup)
+        assert all(type(number) is int for number in done.values())
+        assert sum(done.values()) == 0
+        assert await call(backend.queue.list_tasks) == before
+
+    async def test_free_pages_of_a_file_of_our_own_are_given_back_bit_by_bit(
+        self, api: Api, backend: Any
+    ) -> None:
+        def count_free() -> int:
+            with raw(api.path) as connection:
+                (free,) = connection.execute("PRAGMA freelist_count").fetchone()
+            return int(free)
+
+        await call(
+            backend.enqueue_many, [Task("f", ("x" * 4_000,)) for _ in range(300)]
+        )
+        await call(backend.queue.purge, status="pending")
+        before = count_free()
+        assert before > 100
+        for _ in range(50):
+            await call(backend.cleanup)
+        assert count_free() < before
+
+    async def test_the_pages_of_an_applications_file_are_left_alone(
+        self, api: Api, backend: Any
+    ) -> None:
+        with raw(api.path) as connection:
+            connection.execute("CREATE TABLE orders (x)")
+            connection.execute("INSERT INTO orders VALUES (zeroblob(1000000))")
+        await call(backend.enqueue, Task("f"))
+        with raw(api.path) as connection:
+            connection.execute("DELETE FROM orders")
+            before = connection.execute("PRAGMA freelist_count").fetchone()
+            assert before > (100,)
+            assert sum((await call(backend.cleanup)).values()) == 0
+            assert connection.execute("PRAGMA freelist_count").fetchone() == before
+            assert connection.execute("PRAGMA auto_vacuum").fetchone() == (0,)
+
+    async def test_it_works_with_parts_in_files_of_their_own_and_parts_that_are_off(
+        self, api: Api, clock: Clock
+    ) -> None:
+        backend = api.backend(
+            results=api.folder / "results.db", events=api.folder / "events.db"
+        )
+        await call(backend.results.store, success("a"), ttl=5.0)
+        await call(backend.events.log, TaskEvent("old", at=at(-2_592_001)))
+        clock.advance(6)
+        await call(backend.cleanup)
+        assert await call(backend.events.count) == 0
+        (row,) = read_rows(
+            api.folder / "results.db", "SELECT count(*) AS n FROM omniq_result_view"
+        )
+        assert row["n"] == 0
+        await call(api.backend(results=False).cleanup)
+
+
+class TestBackup:
+    async def test_a_copy_is_whole_and_can_be_opened(
+        self, api: Api, backend: Any
+    ) -> None:
+        task_id = await call(backend.enqueue, Task("f", ("x",)))
+        await call(backend.results.store, success("a1", 7))
+        await call(backend.backup, api.folder / "copy.db")
+        await call(backend.enqueue, Task("later"))
+        copy = api.backend(api.folder / "copy.db", events=True)
+        assert (await get(copy.queue, task_id)).args == ("x",)
+        assert await call(copy.queue.count_tasks) == 1
+        assert (await call(copy.results.get, "a1")).value == 7
+        assert await get_types(copy.events) == ["enqueued"]
+        assert await call(copy.check) == []
+
+    async def test_it_is_made_while_others_write(self, api: Api, backend: Any) -> None:
+        await call(backend.enqueue, Task("f"))
+        with raw(api.path) as connection:
+            connection.execute("BEGIN IMMEDIATE")
+            connection.execute("DELETE FROM omniq_task")
+            await aside(backend.backup, str(api.folder / "copy.db"))
+            connection.execute("ROLLBACK")
+        rows = read_rows(api.folder / "copy.db", "SELECT func FROM omniq_task_view")
+        assert rows == [{"func": "f"}]
+
+    @pytest.mark.skipif(sys.platform == "win32", reason="has no such modes")
+    async def test_a_copy_belongs_to_its_owner_only(
+        self, api: Api, backend: Any
+    ) -> None:
+        await call(backend.enqueue, Task("f"))
+        before = os.umask(0)
+        try:
+            await call(backend.backup, api.folder / "copy.db")
+        finally:
+            os.umask(before)
+        assert (api.folder / "copy.db").stat().st_mode & 0o777 == 0o600
+
+    async def test_it_refuses_to_write_over_its_own_file(
+        self, api: Api, backend: Any
+    ) -> None:
+        await call(backend.enqueue, Task("f"))
+        with pytest.raises((ValueError, OSError), match=r"jobs\.db"):
+            await call(backend.backup, api.path)
+        assert await call(backend.queue.count_tasks) == 1
+
+
+class TestCheck:
+    async def test_a_sound_file_has_no_findings(self, backend: Any) -> None:
+        await call(backend.enqueue, Task("f"))
+        await call(backend.complete, await claim(backend.queue, worker="w1"), 7)
+        assert await call(backend.check) == []
+
+    async def test_an_overdue_lease_is_found(self, backend: Any, clock: Clock) -> None:
+        await call(backend.enqueue, Task("f"))
+        await claim(backend.queue, lease=5.0)
+        clock.advance(100_000)
+        findings = await call(backend.check)
+        assert findings != []
+        assert all(isinstance(finding, Finding) for finding in findings)
+        assert any("lease" in finding.message for finding in findings)
+
+    async def test_a_dead_worker_is_found(self, backend: Any, clock: Clock) -> None:
+        await call(backend.enqueue, Task("f"))
+        await claim(backend.queue, lease=1e6, worker="w1")
+        clock.advance(100_000)
+        findings = await call(backend.check)
+        assert any("w1" in finding.message for finding in findings)
+
+    async def test_a_missing_index_is_found(self, api: Api, backend: Any) -> None:
+        await call(backend.enqueue, Task("f"))
+        with raw(api.path) as connection:
+            connection.execute("DROP INDEX omniq_task_ready")
+        findings = await call(backend.check)
+        assert any("omniq_task_ready" in finding.message for finding in findings)
+
+    async def test_a_large_wal_is_found(self, api: Api, backend: Any) -> None:
+        await call(backend.enqueue, Task("f"))
+        with raw(api.path) as reader, raw(api.path) as writer:
+            reader.execute("BEGIN")
+            reader.execute("SELECT * FROM omniq_task").fetchall()
+            writer.execute("PRAGMA synchronous = OFF")
+            writer.execute("PRAGMA wal_autocheckpoint = 0")
+            writer.execute("CREATE TABLE filler (x)")
+            for _ in range(13):
+                writer.execute("INSERT INTO filler VALUES (zeroblob(10000000))")
+            findings = await call(backend.check)
+        assert any("WAL" in finding.message for finding in findings)
+
+
+FOREIGN_ENGINE = "a result storage that some other engine might bring"
+
+
+class MemoryResults:
+    """A blocking result storage of another engine: a dictionary."""
+
+    def __init__(self) -> None:
+        self.kept: dict[str, TaskResult] = {}
+
+    def store(self, result: TaskResult, *, ttl: float | None = None) -> None:
+        self.kept[result.task_id] = result
+
+    def store_many(self, results: Collection[TaskResult]) -> None:
+        self.kept.update({result.task_id: result for result in results})
+
+    def get(self, task_id: str) -> TaskResult | None:
+        return self.kept.get(task_id)
+
+    def get_many(self, ids: Collection[str]) -> dict[str, TaskResult]:
+        return {i: self.kept[i] for i in ids if i in self.kept}
+
+    def wait(self, task_id: str, *, timeout: float | None = None) -> TaskResult:
+        if task_id not in self.kept:
+            raise TimeoutError(task_id)
+        return self.kept[task_id]
+
+    def delete(self, task_id: str) -> bool:
+        return self.kept.pop(task_id, None) is not None
+
+    def list_results(
+        self, *, status: str | None = None, limit: int = 100, offset: int = 0
+    ) -> list[TaskResult]:
+        return list(self.kept.values())
+
+    def purge(self, *, older_than: float | None = None) -> int:
+        return 0
+
+    def close(self) -> None:
+        pass
+
+
+class AsyncMemoryResults:
+    """The same with `await`."""
+
+    def __init__(self) -> None:
+        self.inner = MemoryResults()
+        self.kept = self.inner.kept
+
+    def __getattr__(self, name: str) -> Any:
+        method = getattr(self.inner, name)
+
+        async def forward(*args: Any, **kwargs: Any) -> Any:
+            return method(*args, **kwargs)
+
+        return forward
+
+
+class TestForeignParts:
+    async def test_the_results_may_be_another_engines(self, api: Api) -> None:
+        results = AsyncMemoryResults() if api.is_async else MemoryResults()
+        backend = api.backend(results=results)
+        task_id = await call(backend.enqueue, Task("f"))
+        await call(backend.complete, await claim(backend.queue), 7)
+        assert results.kept[task_id].value == 7
+        assert (await call(backend.result, task_id, timeout=0)).value == 7
+        assert await call(backend.status, task_id) == "completed"
+        await call(backend.cleanup)
+        assert isinstance(await call(backend.check), list)
+
+    async def test_a_result_of_theirs_comes_while_one_waits(self, api: Api) -> None:
+        results = AsyncMemoryResults() if api.is_async else MemoryResults()
+        backend = api.backend(results=results)
+        task_id = await call(backend.enqueue, Task("f"))
+        waiting = started(aside(backend.result, task_id, timeout=DEADLINE))
+        await settled_in()
+        await call(backend.complete, await claim(backend.queue), 7)
+        assert (await waiting).value == 7
+
+
+pytestmark = pytest.mark.anyio
+
+CONNECTION_DEADLINE = 30.0
+"""Seconds after which something that should have ended fails its test."""
+
+POSIX = pytest.mark.skipif(os.name != "posix", reason="no fork and no signals here")
+
+HAS_BUG = omniq_sqlite._has_wal_reset_bug(sqlite3.sqlite_version_info)
+"""Whether this machine's SQLite needs the guard around checkpoints."""
+
+
+@pytest.fixture
+def connection_anyio_backend() -> str:
+    return "asyncio"
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> str:
+    return str(tmp_path / "jobs.db")
+
+
+# -- Children --
+
+PRELUDE = """
+import asyncio, multiprocessing, os, random, signal, sqlite3, sys, threading, time
+import omniq_sqlite
+from omniq_sqlite import *
+if hasattr(signal, "alarm"):
+    signal.alarm({deadline})  # ends a program that hangs; never a faulthandler timer
+path, arguments = sys.argv[1], sys.argv[2:]
+
+def fork(function):
+    "Run a function in a forked child; return its pid."
+    pid = os.fork()
+    if pid == 0:
+        status = 70
+        try:
+            signal.alarm({deadline})
+            function()
+            status = 0
+        except BaseException:
+            import traceback
+            traceback.print_exc()
+        finally:
+            sys.stderr.flush()
+            os._exit(status)
+    return pid
+
+def join(*pids):
+    for pid in pids:
+        status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        assert status == 0, f"child {{pid}} ended with {{status}}"
+
+def rows(sql="SELECT func FROM omniq_task ORDER BY func"):
+    "Read in a process of its own: two SQLite handles for a file are one too many."
+    command = [sys.executable, "-c", "import sqlite3, sys;"
+        "c = sqlite3.connect(sys.argv[1], timeout=9);"
+        "assert c.execute('PRAGMA integrity_check').fetchall() == [('ok',)];"
+        "print(repr([r[0] for r in c.execute(sys.argv[2])])); c.close()", path, sql]
+    import subprocess
+    return eval(subprocess.check_output(command, text=True))
+"""
+
+
+def environment() -> dict[str, str]:
+    folder = str(Path(omniq_sqlite.__file__).parent)
+    return {**os.environ, "PYTHONPATH": folder, "PYTHONDONTWRITEBYTECODE": "1"}
+
+
+def command(
+    code: str, *args: object, deadline: float = CONNECTION_DEADLINE
+) -> list[str]:
+    """Return the command of a program; forks beside threads are what is tested."""
+    text = PRELUDE.format(deadline=int(deadline)) + textwrap.dedent(code)
+    ignored = "ignore:This process:DeprecationWarning"
+    flags = ["-W", "error", "-W", ignored, "-c"]
+    return [sys.executable, *flags, text, *map(str, args)]
+
+
+def run_program(code: str, *args: object, deadline: float = CONNECTION_DEADLINE) -> str:
+    """Run a program to its end, which must be quiet; return what it printed."""
+    done = subprocess.run(
+        command(code, *args, deadline=deadline),
+        capture_output=True,
+        text=True,
+        timeout=deadline + 10,
+        check=False,
+        env=environment(),
+    )
+    assert (done.returncode, done.stderr) == (0, ""), done.stdout + done.stderr
+    return done.stdout.strip()
+
+
+class Programs:
+    """Programs that run beside a test; none survives it."""
+
+    def __init__(self) -> None:
+        self.running: list[subprocess.Popen[str]] = []
+
+    def start(self, code: str, *args: object) -> subprocess.Popen[str]:
+        program = subprocess.Popen(
+            command(code, *args),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment(),
+        )
+        self.running.append(program)
+        return program
+
+    @staticmethod
+    def read(program: subprocess.Popen[str]) -> str:
+        """Return the next line that a program prints; it has a deadline itself."""
+        assert program.stdout is not None
+        return program.stdout.readline().strip()
+
+    @staticmethod
+    def finish(program: subprocess.Popen[str], status: int = 0) -> str:
+        """Wait for the end of a program and return what else it printed."""
+        out, err = program.communicate(timeout=CONNECTION_DEADLINE)
+        assert program.returncode == status, err
+        assert status != 0 or err == ""
+        return out.strip()
+
+    def end(self) -> None:
+        for program in self.running:
+            if program.poll() is None:
+                program.kill()
+            program.communicate()
+
+
+@pytest.fixture
+def programs() -> Iterator[Programs]:
+    made = Programs()
+    yield made
+    made.end()
+
+
+# -- Looking inside --
+
+
+@contextlib.contextmanager
+def connection_raw(path: object, **options: Any) -> Generator[sqlite3.Connection]:
+    """Open a plain connection in autocommit mode."""
+    options.setdefault("isolation_level", None)
+    connection = sqlite3.connect(str(path), timeout=10, **options)
+    try:
+        yield connection
+    finally:
+        connection.close()
+
+
+@contextlib.contextmanager
+def connection_write_lock(path: object) -> Generator[None]:
+    """Hold the write lock, as another program would."""
+    with connection_raw(path, check_same_thread=False) as connection:
+        connection.execute("BEGIN IMMEDIATE")
+        yield
+        connection.execute("ROLLBACK")
+
+
+def connection_fetch(path: object, sql: str) -> list[Any]:
+    """Return the rows of a query; those of one column as plain values."""
+    with connection_raw(path) as connection:
+        rows = connection.execute(sql).fetchall()
+    return [row[0] if len(row) == 1 else row for row in rows]
+
+
+def statuses(path: object) -> list[str]:
+    return connection_fetch(path, "SELECT status FROM omniq_task ORDER BY seq")
+
+
+def is_whole(path: object) -> bool:
+    return connection_fetch(path, "PRAGMA integrity_check") == ["ok"]
+
+
+def brief(sql: str) -> str:
+    """Return the name of a statement, or the statement if it has none."""
+    line = sql.strip().splitlines()[0]
+    return line.removeprefix("-- ").partition(":")[0] if line[0] == "-" else line
+
+
+class Spied(sqlite3.Connection):
+    """A connection that writes down what it executes."""
+
+    log: list[str] = []
+    opened: list[sqlite3.Connection] = []
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        Spied.opened.append(self)
+        self.set_trace_callback(lambda sql: Spied.log.append(brief(sql)))
+
+
+@pytest.fixture
+def spied(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """Write down every statement of the module's connections."""
+    Spied.log.clear()
+    Spied.opened.clear()
+    factory = partial(sqlite3.connect, factory=Spied)
+    monkeypatch.setattr(omniq_sqlite, "_connection_factory", factory)
+    yield Spied.log
+    Spied.opened.clear()
+
+
+def database_of(thing: Any) -> Any:
+    """Return the connection manager of an object of either form."""
+    gateway = getattr(thing, "_gateway", None) or thing._async._gateway
+    return gateway.database
+
+
+def until(condition: Callable[[], object]) -> None:
+    """Wait for something that has to happen soon."""
+    limit = time.monotonic() + CONNECTION_DEADLINE
+    while not condition():
+        assert time.monotonic() < limit, "it did not happen"
+        time.sleep(0.001)
+
+
+async def soon(condition: Callable[[], object]) -> None:
+    """Wait for something that has to happen soon, while the loop goes on."""
+    limit = time.monotonic() + CONNECTION_DEADLINE
+    while not condition():
+        assert time.monotonic() < limit, "it did not happen"
+        await asyncio.sleep(0.001)
+
+
+class Threads:
+    """Threads whose failures fail the test, and which end in time."""
+
+    def __init__(self) -> None:
+        self.errors: list[BaseException] = []
+        self.started: list[threading.Thread] = []
+
+    def start(self, function: Callable[..., object], *args: object) -> None:
+        def run() -> None:
+            try:
+                function(*args)
+            except BaseException as error:  # noqa: BLE001 -- raised by `join`
+                self.errors.append(error)
+
+        thread = threading.Thread(target=run, daemon=True)
+        self.started.append(thread)
+        thread.start()
+
+    def join(self) -> None:
+        for thread in self.started:
+            thread.join(CONNECTION_DEADLINE)
+            assert not thread.is_alive(), "a thread hangs"
+        for error in self.errors:
+            raise error
+
+
+# =============================================================================
+# SQL
+# =============================================================================
+
+
+class Nothing(dict[str, None]):
+    """Binds NULL to any named parameter."""
+
+    def __missing__(self, key: str) -> None:
+        return None
+
+
+def statements_of_the_module() -> dict[str, str]:
+    found = {}
+    for name, value in vars(omniq_sqlite).items():
+        if name.isupper() and not name.startswith("_"):
+            if isinstance(value, str) and value.lstrip().startswith("--"):
+                found[name] = value
+            elif isinstance(value, dict) and name in ("SELECT_EVENTS", "COUNT_EVENTS"):
+                found |= {f"{name} {key}": sql for key, sql in value.items()}
+    return found
+
+
+STATEMENTS = statements_of_the_module()
+
+
+@pytest.fixture(scope="module")
+def schema() -> Iterator[sqlite3.Connection]:
+    """A database in memory with all tables of the newest version."""
+    with connection_raw(":memory:") as connection:
+        components = list(omniq_sqlite.MIGRATIONS)
+        omniq_sqlite.migrate(connection, components, ":memory:")
+        yield connection
+
+
+class TestStatements:
+    def test_there_are_statements_to_test(self) -> None:
+        assert len(STATEMENTS) > 60
+
+    @pytest.mark.parametrize("name", STATEMENTS)
+    def test_each_compiles_against_the_schema(
+        self, name: str, schema: sqlite3.Connection
+    ) -> None:
+        sql = STATEMENTS[name]
+        if sql.split("\n")[2 if sql[0] == "\n" else 1].startswith("CREATE"):
+            with connection_raw(":memory:") as empty:
+                if "ON omniq_" in sql:
+                    table = sql.partition("ON omniq_")[2].split()[0]
+                    empty.execute(
+                        getattr(omniq_sqlite, f"CREATE_{table.upper()}_TABLE")
+                    )
+                empty.execute(sql)
+        else:
+            schema.execute("EXPLAIN " + sql, Nothing()).fetchall()
+
+    @pytest.mark.parametrize("name", STATEMENTS)
+    def test_each_takes_its_values_by_name_and_stays_on_main(self, name: str) -> None:
+        sql = STATEMENTS[name]
+        assert "?" not in "".join(
+            line for line in sql.splitlines() if not line.startswith("--")
+        )
+        for word in ("FROM", "INTO", "UPDATE"):
+            for table in ("task", "result", "event", "pause", "worker", "schema"):
+                if "CREATE VIEW" not in sql:
+                    assert f"{word} omniq_{table}" not in sql
+
+
+HOT = {
+    "LOOK": ["omniq_task_ready", "omniq_task_due"],
+    "SELECT_DUE": ["omniq_task_due"],
+    "SETTLE": ["INTEGER PRIMARY KEY"],
+    "CLAIM": ["omniq_task_ready", "INTEGER PRIMARY KEY"],
+    "DELETE_COMPLETED_ONE": ["omniq_task_by_id"],
+    "DELETE_COMPLETED": ["omniq_task_by_id"],
+    "KEEP_COMPLETED": ["omniq_task_by_id"],
+    "FAIL": ["omniq_task_by_id"],
+    "RELEASE": ["omniq_task_by_id"],
+    "EXTEND": ["omniq_task_by_id"],
+    "CANCEL": ["omniq_task_by_id"],
+    "RETRY": ["omniq_task_by_id"],
+    "SELECT_TASK": ["omniq_task_by_id"],
+    "SELECT_KEY_HOLDER": ["omniq_task_by_key"],
+    "SELECT_RESULTS_BY_ID": ["sqlite_autoindex_omniq_result_1"],
+    "PURGE_EXPIRED_RESULTS": ["omniq_result_expiry"],
+    "PURGE_EVENTS": ["omniq_event_by_time"],
+    "SELECT_EVENTS ('task', False)": ["omniq_event_by_task"],
+    "SELECT_EVENTS ('task', True)": ["omniq_event_by_task"],
+    "SELECT_EVENTS ('id', False)": ["INTEGER PRIMARY KEY"],
+    "COUNT_EVENTS task": ["omniq_event_by_task"],
+}
+
+
+class TestQueryPlans:
+    @pytest.mark.parametrize("name", HOT)
+    def test_a_hot_statement_uses_its_index_and_sorts_nothing(
+        self, name: str, schema: sqlite3.Connection
+    ) -> None:
+        sql = "EXPLAIN QUERY PLAN " + STATEMENTS[name]
+        plan = [row[3] for row in schema.execute(sql, Nothing()).fetchall()]
+        for index in HOT[name]:
+            assert any(index in line for line in plan), plan
+        for line in plan:
+            assert "TEMP B-TREE" not in line
+            assert not line.startswith(("SCAN main.omniq", "SCAN omniq")), plan
+
+
+def fill(connection: sqlite3.Connection, pending: int, delayed: int) -> None:
+    """Put rows into an empty task table; the delayed ones are more urgent."""
+    connection.execute(
+        "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < ?)"
+        " INSERT INTO omniq_task (id, queue, func, args, kwargs, metadata, status,"
+        " priority, max_attempts, retry_delay, created_at, run_at)"
+        " SELECT 'id' || i, 'default', 'f', '[]', '{}', '{}',"
+        " iif(i <= ?, 'pending', 'scheduled'), iif(i <= ?, i % 3, 9), 3, 1, 0,"
+        " iif(i <= ?, NULL, 4e9 + i) FROM n",
+        (pending + delayed, pending, pending, pending),
+    )
+
+
+def steps(connection: sqlite3.Connection, call: Callable[[], object]) -> int:
+    """Return how many instructions SQLite's virtual machine takes for a call."""
+    count = 0
+
+    def step() -> int:
+        nonlocal count
+        count += 1
+        return 0
+
+    connection.set_progress_handler(step, 1)
+    call()
+    connection.set_progress_handler(None, 1)
+    return count
+
+
+class TestCosts:
+    def test_claim_and_complete_cost_the_same_at_any_length(self, spied: Any) -> None:
+        costs = []
+        for pending, delayed in ((1_000, 0), (100_000, 20_000)):
+            with SQLiteQueue(":memory:") as queue:
+                connection = Spied.opened[-1]
+                connection.set_trace_callback(None)
+                fill(connection, pending, delayed)
+                assert queue.count_tasks() == pending + delayed
+                got: list[Any] = []
+
+                def work(queue: SQLiteQueue = queue, got: list[Any] = got) -> None:
+                    got.append(queue.dequeue())
+                    queue.complete(got[-1])
+
+                costs.append(steps(connection, work))
+                assert got[0].priority == 2
+        assert costs[1] <= 1.3 * costs[0]
+
+    def test_a_blocking_enqueue_is_one_statement_in_a_transaction(
+        self, path: str, spied: list[str]
+    ) -> None:
+        with SQLiteQueue(path) as queue:
+            queue.enqueue(Task("f"))
+            spied.clear()
+            queue.enqueue(Task("f"))
+            assert spied == ["BEGIN IMMEDIATE", "enqueue", "COMMIT"]
+
+    def test_a_claim_is_one_statement_in_a_transaction_after_a_look(
+        self, path: str, spied: list[str]
+    ) -> None:
+        with SQLiteQueue(path) as queue:
+            queue.enqueue_many([Task("f"), Task("f")])
+            assert queue.dequeue() is not None
+            spied.clear()
+            task = queue.dequeue()
+            assert task is not None
+            assert spied == ["look", "BEGIN IMMEDIATE", "claim", "COMMIT"]
+            spied.clear()
+            queue.extend(task)
+            assert spied == ["BEGIN IMMEDIATE", "extend", "COMMIT"]
+            spied.clear()
+            queue.complete(task)
+            assert spied == [
+                "PRAGMA synchronous = FULL",
+                "BEGIN IMMEDIATE",
+                "complete",
+                "COMMIT",
+            ]
+
+    def test_an_idle_look_opens_no_transaction(
+        self, path: str, spied: list[str]
+    ) -> None:
+        with SQLiteQueue(path) as queue:
+            queue.enqueue(Task("f", queue="other"), delay=100)
+            spied.clear()
+            assert queue.dequeue() is None
+            assert queue.dequeue(["default", "other"]) is None
+            assert spied == ["look", "look", "look"]
+
+    async def test_an_async_call_costs_the_same_statements(
+        self, path: str, spied: list[str]
+    ) -> None:
+        async with AsyncSQLiteQueue(path) as queue:
+            await queue.enqueue(Task("f"))
+            spied.clear()
+            await queue.enqueue(Task("f"))
+            assert spied == ["BEGIN IMMEDIATE", "enqueue", "COMMIT"]
+
+    def test_ending_a_task_with_its_result_is_one_commit(
+        self, path: str, spied: list[str]
+    ) -> None:
+        with SQLiteBackend(path, events=True) as backend:
+            backend.enqueue(Task("f"))
+            task = backend.queue.dequeue()
+            assert task is not None
+            spied.clear()
+            backend.complete(task, 42, enqueue=[Task("g")])
+            assert spied.count("COMMIT") == 1
+            assert spied.count("BEGIN IMMEDIATE") == 1
+
+
+WORKER_DEADLINE = 30.0
+"""Seconds after which something that should have ended fails its test."""
+
+
+def eventually(holds: Callable[[], object], what: str = "it") -> None:
+    """Wait until something holds; fail when it does not within the deadline."""
+    ends_at = time.monotonic() + WORKER_DEADLINE
+    while not holds():
+        assert time.monotonic() < ends_at, f"{what} did not happen"
+        time.sleep(0.002)
+
+
+def spin(seconds: float) -> None:
+    """Use up time in bytecodes, where an exception can be raised."""
+    ends_at = time.monotonic() + seconds
+    while time.monotonic() < ends_at:
+        pass
+
+
+class MemoryQueue:
+    """A queue of another engine: a dictionary, for the threads of one process."""
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()
+        self.rows: dict[str, Task] = {}
+        self.due: dict[str, float] = {}
+        self.paused: set[str] = set()
+        self.calls: list[tuple[Any, ...]] = []
+        self.faults: list[tuple[str, Exception]] = []
+        """Calls that are to fail, once for each entry: name and error."""
+        self._leases = itertools.count(1)
+
+    def note(self, name: str, *facts: object) -> None:
+        self.calls.append((name, threading.current_thread().name, *facts))
+        for fault in self.faults:
+            if fault[0] == name:
+                self.faults.remove(fault)
+                raise fault[1]
+
+    def count(self, name: str) -> int:
+        return sum(call[0] == name for call in self.calls)
+
+    def put(self, task: Task, **changes: Any) -> Task:
+        changed = self.rows[task.id] = dataclasses.replace(task, **changes)
+        return changed
+
+    def enqueue(self, task: Task, *, delay: float = 0.0) -> str:
+        with self.lock:
+            status = TaskStatus.SCHEDULED if delay else TaskStatus.PENDING
+            self.put(task, status=status)
+            self.due[task.id] = time.time() + delay
+        return task.id
+
+    def _is_ready(self, task: Task, names: Sequence[str]) -> bool:
+        waits = task.status in (TaskStatus.PENDING, TaskStatus.SCHEDULED)
+        return (
+            task.queue in names
+            and task.queue not in self.paused
+            and waits
+            and self.due[task.id] <= time.time()
+        )
+
+    def claim(
+        self, limit: int, queues: str | Sequence[str], lease: float, worker: str | None
+    ) -> list[Task]:
+        names = [queues] if isinstance(queues, str) else queues
+        with self.lock:
+            self.note("dequeue_many", limit)
+            ready = [t for t in self.rows.values() if self._is_ready(t, names)]
+            until = datetime.fromtimestamp(time.time() + lease, UTC)
+            return [
+                self.put(
+                    task,
+                    status=TaskStatus.RUNNING,
+                    attempt=task.attempt + 1,
+                    worker=worker,
+                    lease_id=str(next(self._leases)),
+                    lease_until=until,
+                )
+                for task in ready[:limit]
+            ]
+
+    def dequeue_many(
+        self,
+        limit: int,
+        queues: str | Sequence[str] = "default",
+        *,
+        timeout: float | None = 0.0,
+        lease: float = 60.0,
+        worker: str | None = None,
+    ) -> list[Task]:
+        ends_at = None if timeout is None else time.monotonic() + timeout
+        while not (claimed := self.claim(limit, queues, lease, worker)):
+            if ends_at is not None and time.monotonic() >= ends_at:
+                break
+            time.sleep(0.002)
+        return claimed
+
+    def held(self, task: Task) -> Task:
+        row = self.rows[task.id]
+        if row.status is not TaskStatus.RUNNING or row.lease_id != task.lease_id:
+            raise LeaseLostError([task.id])
+        return row
+
+    def release(self, task: Task, *, delay: float = 0.0) -> None:
+        with self.lock:
+            self.note("release")
+            row = self.held(task)
+            self.enqueue(dataclasses.replace(row, attempt=row.attempt - 1), delay=delay)
+
+    def extend(self, task: Task, lease: float = 60.0, *, progress: Any = None) -> Task:
+        with self.lock:
+            self.note("extend", progress)
+            row = self.held(task)
+            until = datetime.fromtimestamp(time.time() + lease, UTC)
+            return self.put(row, lease_until=until, progress=progress or row.progress)
+
+    def reclaim(self, worker: str) -> int:
+        raise NotImplementedError
+
+    def cancel(self, task_id: str) -> bool:
+        with self.lock:
+            self.put(self.rows[task_id], status=TaskStatus.CANCELLED)
+        return True
+
+    def list_tasks(
+        self,
+        *,
+        queue: str | None = None,
+        status: str | None = None,
+        limit: int = 100,
+    ) -> list[Task]:
+        with self.lock:
+            rows = list(self.rows.values())
+        return [t for t in rows if t.queue == queue and t.status == status][:limit]
+
+    def stats(self) -> list[QueueStats]:
+        return [QueueStats(name, paused=True) for name in self.paused]
+
+
+class MemoryBackend:
+    """A blocking backend of another engine: no more than what a worker needs."""
+
+    def __init__(self) -> None:
+        self.queue = MemoryQueue()
+        self.outcomes: dict[str, Any] = {}
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("this lives in one process")
+
+    def complete(self, task: Task, value: Any = None) -> None:
+        with self.queue.lock:
+            self.queue.note("complete")
+            row = self.queue.held(task)
+            self.outcomes[task.id] = value
+            self.queue.put(row, status=TaskStatus.COMPLETED)
+
+    def fail(
+        self,
+        task: Task,
+        exception: BaseException,
+        *,
+        retry: bool = True,
+        delay: float | None = None,
+    ) -> TaskStatus:
+        with self.queue.lock:
+            self.queue.note("fail")
+            row = self.queue.held(task)
+            self.outcomes[task.id] = exception
+            if not retry or task.attempt >= task.max_attempts:
+                self.queue.put(row, status=TaskStatus.FAILED)
+                return TaskStatus.FAILED
+            self.queue.enqueue(row, delay=task.retry_delay if delay is None else delay)
+            return TaskStatus.SCHEDULED
+
+    def cleanup(self) -> dict[str, int]:
+        self.queue.note("cleanup")
+        return {}
+
+    def close(self) -> None:
+        self.queue.note("close")
+
+
+class AsyncMemoryQueue:
+    def __init__(self, blocking: MemoryQueue) -> None:
+        self.blocking = blocking
+
+    async def dequeue_many(
+        self,
+        limit: int,
+        queues: str | Sequence[str] = "default",
+        *,
+        timeout: float | None = 0.0,
+        lease: float = 60.0,
+        worker: str | None = None,
+    ) -> list[Task]:
+        ends_at = None if timeout is None else time.monotonic() + timeout
+        while not (claimed := self.blocking.claim(limit, queues, lease, worker)):
+            if ends_at is not None and time.monotonic() >= ends_at:
+                break
+            await asyncio.sleep(0.002)
+        return claimed
+
+    async def release(self, task: Task, *, delay: float = 0.0) -> None:
+        self.blocking.release(task, delay=delay)
+
+    async def extend(
+        self, task: Task, lease: float = 60.0, *, progress: Any = None
+    ) -> Task:
+        return self.blocking.extend(task, lease, progress=progress)
+
+    async def list_tasks(self, **filters: Any) -> list[Task]:
+        return self.blocking.list_tasks(**filters)
+
+    async def stats(self) -> list[QueueStats]:
+        return self.blocking.stats()
+
+
+class AsyncMemoryBackend:
+    def __init__(self, blocking: MemoryBackend) -> None:
+        self.blocking = blocking
+        self.queue = AsyncMemoryQueue(blocking.queue)
+
+    async def complete(self, task: Task, value: Any = None) -> None:
+        self.blocking.complete(task, value)
+
+    async def fail(
+        self,
+        task: Task,
+        exception: BaseException,
+        *,
+        retry: bool = True,
+        delay: float | None = None,
+    ) -> TaskStatus:
+        return self.blocking.fail(task, exception, retry=retry, delay=delay)
+
+    async def cleanup(self) -> dict[str, int]:
+        return self.blocking.cleanup()
+
+    async def close(self) -> None:
+        self.blocking.close()
+
+
+class Rig:
+    """A backend and workers of one form, so that a test is written for both."""
+
+    def __init__(self, form: str, engine: str, folder: Path) -> None:
+        self.is_async = form == "async"
+        self.path = folder / "jobs.db"
+        self.memory = MemoryBackend() if engine == "memory" else None
+        self.backend: Any = self.memory or SQLiteBackend(self.path, events=True)
+        self.queue: Any = self.backend.queue
+        self.tasks = TaskRegistry()
+        self.after_run: Callable[[], object] = lambda: None
+
+    def close(self) -> None:
+        self.backend.close()
+
+    def enqueue(self, *tasks: Task, delay: float = 0.0) -> list[str]:
+        return [self.queue.enqueue(task, delay=delay) for task in tasks]
+
+    def get(self, task_id: str) -> Task:
+        task = (
+            self.memory.queue.rows[task_id]
+            if self.memory
+            else self.queue.get_task(task_id)
+        )
+        assert isinstance(task, Task)
+        return task
+
+    def value(self, task_id: str) -> Any:
+        """Return what the function returned, or the text of its error."""
+        if self.memory:
+            value = self.memory.outcomes[task_id]
+            return str(value) if isinstance(value, BaseException) else value
+        result = self.backend.results.get(task_id)
+        assert result is not None, "there is no result"
+        return result.value if result.status is ResultStatus.SUCCESS else result.error
+
+    def worker(self, **options: Any) -> Any:
+        if not self.is_async:
+            return Worker(self.backend, self.tasks, **options)
+        if self.memory:
+            backend: Any = AsyncMemoryBackend(self.memory)
+        else:
+            backend = AsyncSQLiteBackend(self.path, events=True)
+        return AsyncWorker(backend, self.tasks, **options)
+
+    def perform(self, worker: Any, **terms: Any) -> int:
+        """Run a worker in this thread and return its status."""
+        if isinstance(worker, Worker):
+            return worker.run(signals=False, **terms)
+
+        async def main() -> int:
+            try:
+                return cast(int, await worker.run(signals=False, **terms))
+            finally:
+                self.after_run()
+                await worker.backend.close()
+
+        return asyncio.run(main())
+
+    def run(self, **options: Any) -> int:
+        """Run a new worker until the queue is empty."""
+        return self.perform(self.worker(**options), until_empty=True)
+
+    @contextlib.contextmanager
+    def at_work(self, **options: Any) -> Iterator[AtWork]:
+        """Have a worker run in a thread meanwhile."""
+        at_work = AtWork(self, self.worker(**options))
+        at_work.thread.start()
+        try:
+            yield at_work
+        finally:
+            at_work.end()
+
+
+class AtWork:
+    def __init__(self, rig: Rig, worker: Any) -> None:
+        self.worker = worker
+        self.status: int | None = None
+
+        def run() -> None:
+            self.status = rig.perform(worker)
+
+        self.thread = threading.Thread(target=run, daemon=True)
+
+    def end(self) -> None:
+        self.worker.stop()
+        self.thread.join(WORKER_DEADLINE)
+        assert not self.thread.is_alive(), "the worker did not stop"
+
+
+def make_rig(name: str, folder: Path) -> Iterator[Rig]:
+    form, engine = name.split(" on ")
+    rig = Rig(form, engine, folder)
+    yield rig
+    rig.close()
+
+
+@pytest.fixture(params=["async on sqlite", "blocking on sqlite"])
+def rig(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Rig]:
+    yield from make_rig(request.param, tmp_path)
+
+
+@pytest.fixture(params=["async on memory", "blocking on memory"])
+def other(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Rig]:
+    """A rig on another engine, in which calls can be made to fail."""
+    yield from make_rig(request.param, tmp_path)
+
+
+class Program:
+    """A program in a process of its own that prints lines, with a deadline."""
+
+    def __init__(self, folder: Path, source: str, *args: object) -> None:
+        path = folder / "program.py"
+        path.write_text(textwrap.dedent(source))
+        self.process = subprocess.Popen(
+            [sys.executable, "-W", "error", path, *map(str, args)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+            cwd=folder,
+            env={**os.environ, "PYTHONPATH": str(Path(omniq_sqlite.__file__).parent)},
+        )
+        self.errors = ""
+        self._timer = threading.Timer(WORKER_DEADLINE, self.kill)
+        self._timer.start()
+
+    def line(self) -> str:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline().strip()
+        if not line and self.process.poll() is not None:
+            pytest.fail(f"the program has ended: {self.process.stderr.read()}")  # type: ignore[union-attr]
+        return line
+
+    def expect(self, *lines: str) -> None:
+        assert [self.line() for _ in lines] == list(lines)
+
+    def kill(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+
+    def end(self) -> int:
+        """Wait for its end; return the status."""
+        _, self.errors = self.process.communicate(timeout=WORKER_DEADLINE)
+        return self.process.returncode
+
+    def close(self) -> None:
+        self._timer.cancel()
+        self.kill()
+        self.process.communicate()
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Callable[..., Program]]:
+    """Start a program; what is left of it ends with the test."""
+    programs: list[Program] = []
+
+    def start(source: str, *args: object) -> Program:
+        programs.append(Program(tmp_path, source, *args))
+        return programs[-1]
+
+    yield start
+    for program in programs:
+        program.close()
+
+
+def is_alive(pid: int) -> bool:
+    """Tell whether a process runs; a zombie does not."""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return state not in "ZX"
+
+
+def of_worker(caplog: pytest.LogCaptureFixture, level: int) -> list[logging.LogRecord]:
+    return [
+        r for r in caplog.records if r.name == "omniq_sqlite" and r.levelno == level
+    ]
+
+
+# =============================================================================
+# Registry
+# =============================================================================
+
+
+def thumbnail(path: str, size: int = 128) -> str:
+    """Make a thumbnail."""
+    return f"{path}:{size}"
+
+
+class TestTaskRegistry:
+    def test_a_function_is_known_by_its_own_name(self) -> None:
+        tasks = TaskRegistry()
+        registered = tasks.register(thumbnail)
+        assert registered.name == "thumbnail"
+        assert tasks["thumbnail"] is registered
+        assert "thumbnail" in tasks
+        assert list(tasks) == ["thumbnail"]
+
+    def test_a_name_of_its_own_choice(self) -> None:
+        tasks = TaskRegistry()
+        tasks.register(thumbnail, name="images.thumbnail")
+        assert list(tasks) == ["images.thumbnail"]
+
+    def test_it_decorates_with_and_without_options(self) -> None:
+        tasks = TaskRegistry()
+
+        @tasks.register
+        def plain(a: int) -> int:
+            return a
+
+        @tasks.register(queue="slow", priority=2, max_attempts=5, timeout=30)
+        def with_options(a: int) -> int:
+            return a
+
+        assert plain.task(1).max_attempts == 3
+        task = with_options.task(1)
+        assert (task.queue, task.priority, task.max_attempts, task.timeout) == (
+            "slow",
+            2,
+            5,
+            30,
+        )
+
+    def test_a_name_that_is_taken_is_refused(self) -> None:
+        tasks = TaskRegistry()
+        tasks.register(thumbnail)
+        with pytest.raises(ValueError, match="'thumbnail'"):
+            tasks.register(thumbnail)
+
+    def test_an_unknown_name_is_an_error_of_its_own(self) -> None:
+        with pytest.raises(UnknownTaskError) as caught:
+            TaskRegistry()["nobody"]
+        assert caught.value.func == "nobody"
+
+    def test_a_wrong_option_is_refused_at_once(self) -> None:
+        tasks = TaskRegistry()
+        with pytest.raises(ValueError, match="max_attempts"):
+            tasks.register(thumbnail, max_attempts=0)
+        with pytest.raises(TypeError, match="colour"):
+            tasks.register(thumbnail, colour="red")  # type: ignore[call-overload]
+        assert not list(tasks)
+
+    def test_it_pickles_as_references_to_its_functions(self) -> None:
+        tasks = TaskRegistry()
+        tasks.register(thumbnail, name="small", priority=7)
+        copy = pickle.loads(pickle.dumps(tasks))  # noqa: S301 (our own bytes)
+        assert copy["small"].function is thumbnail
+        assert copy["small"].task("a").priority == 7
+
+    def test_a_function_that_cannot_be_imported_does_not_pickle(self) -> None:
+        tasks = TaskRegistry()
+        tasks.register(lambda: None, name="inner")
+        with pytest.raises(TypeError, match="importable"):
+            pickle.dumps(tasks)
+
+    def test_a_function_of_a_session_without_a_file_does_not_pickle(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        notebook = types.ModuleType("__main__")
+        monkeypatch.setitem(sys.modules, "__main__", notebook)
+        exec("def inner(): pass", notebook.__dict__)  # noqa: S102 (as a cell would)
+        tasks = TaskRegistry()
+        tasks.register(notebook.inner)
+        with pytest.raises(TypeError, match="move the function to a module"):
+            pickle.dumps(tasks)
+
+
+class TestTaskFunction:
+    def test_it_is_called_as_the_function_itself(self) -> None:
+        registered = TaskRegistry().register(thumbnail)
+        assert registered("a.png", size=64) == "a.png:64"
+        assert registered.__doc__ == "Make a thumbnail."
+        assert str(inspect.signature(registered)) == str(inspect.signature(thumbnail))
+
+    def test_task_makes_a_task_of_a_call(self) -> None:
+        task = TaskRegistry().register(thumbnail).task("a.png", size=64)
+        assert (task.func, task.args, task.kwargs) == (
+            "thumbnail",
+            ("a.png",),
+            {"size": 64},
+        )
+
+    @pytest.mark.parametrize(
+        ("args", "kwargs"), [((), {}), (("a", 1, 2), {}), (("a",), {"colour": 1})]
+    )
+    def test_task_checks_the_arguments_at_once(self, args: Any, kwargs: Any) -> None:
+        registered = TaskRegistry().register(thumbnail)
+        with pytest.raises(TypeError, match=r"thumbnail\(\): "):
+            registered.task(*args, **kwargs)
+
+    def test_options_leave_the_original_alone(self) -> None:
+        registered = TaskRegistry().register(thumbnail, queue="slow")
+        task = registered.options(priority=5, unique_key="k").task("a")
+        assert (task.queue, task.priority, task.unique_key) == ("slow", 5, "k")
+        assert registered.task("a").priority == 0
+
+    def test_a_wrong_argument_is_a_type_error(self, tmp_path: Path) -> None:
+        if importlib.util.find_spec("mypy") is None:
+            pytest.skip("mypy is not installed")
+        program = tmp_path / "program.py"
+        program.write_text(
+            textwrap.dedent("""\
+            from omniq_sqlite import TaskRegistry
+            tasks = TaskRegistry()
+            @tasks.register(max_attempts=5, timeout=30)
+            def thumbnail(path: str, size: int = 128) -> str: return path
+            @tasks.register
+            async def send(to: str) -> None: ...
+            thumbnail.task("a.png", size=64)
+            thumbnail.options(priority=5).task("a.png")
+            send.task("me")
+            thumbnail("a.png").upper()
+            thumbnail.task(1)
+            thumbnail.task("a.png", colour="red")
+            thumbnail.options(priority=5).task()
+            send.task()
+            thumbnail.options(colour="red")
+            tasks.register(max_attempts="five")
+            """)
+        )
+        done = subprocess.run(
+            [sys.executable, "-m", "mypy", "--strict", "--no-error-summary", program],
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=120,
+            env={
+                **os.environ,
+                "MYPYPATH": str(Path(omniq_sqlite.__file__).parent),
+                "MYPY_CACHE_DIR": str(tmp_path / "cache"),
+            },
+        )
+        found = [line for line in done.stdout.splitlines() if "error" in line]
+        lines = sorted({int(line.split(":")[1]) for line in found})
+        assert lines == [11, 12, 13, 14, 15, 16], done.stdout
+
+
+# =============================================================================
+# Running
+# =============================================================================
+
+
+class TestRun:
+    def test_it_runs_functions_of_both_kinds_and_stores_their_results(
+        self, rig: Rig
+    ) -> None:
+        @rig.tasks.register
+        def plain(a: int, b: int = 1) -> int:
+            return a + b
+
+        @rig.tasks.register
+        async def waiting(a: int) -> int:
+            await asyncio.sleep(0)
+            return a * 10
+
+        ids = rig.enqueue(plain.task(1, b=5), waiting.task(4))
+        assert rig.run() == 0
+        assert [rig.value(task_id) for task_id in ids] == [6, 40]
+        assert rig.queue.count_tasks() == 0
+
+    def test_it_uses_no_more_than_the_interfaces(self, other: Rig) -> None:
+        ids = other.enqueue(other.tasks.register(thumbnail).task("a"))
+        assert other.run() == 0
+        assert other.value(ids[0]) == "a:128"
+
+    def test_async_functions_run_on_the_loop_and_plain_ones_in_threads(
+        self, rig: Rig
+    ) -> None:
+        threads: dict[str, int] = {}
+
+        @rig.tasks.register
+        def plain() -> None:
+            threads["plain"] = threading.get_ident()
+            assert not inspect.iscoroutinefunction(plain.function)
+
+        @rig.tasks.register
+        async def on_loop() -> None:
+            threads["async"] = threading.get_ident()
+            assert asyncio.get_running_loop()
+
+        rig.enqueue(plain.task(), on_loop.task())
+        rig.run()
+        assert threads["async"] == threading.get_ident()
+        assert threads["plain"] != threading.get_ident()
+
+    def test_plain_functions_run_at_the_same_time(self, rig: Rig) -> None:
+        together = threading.Barrier(3)
+
+        @rig.tasks.register(max_attempts=1)
+        def meet() -> int:
+            return together.wait(WORKER_DEADLINE)
+
+        ids = rig.enqueue(*(meet.task() for _ in range(3)))
+        rig.run(concurrency=3)
+        assert sorted(rig.value(task_id) for task_id in ids) == [0, 1, 2]
+
+    def test_its_threads_are_daemons_and_no_more_than_it_has_slots(
+        self, rig: Rig
+    ) -> None:
+        threads = set()
+
+        @rig.tasks.register
+        def note() -> None:
+            threads.add(threading.current_thread())
+
+        rig.enqueue(*(note.task() for _ in range(40)))
+        rig.run(concurrency=3)
+        assert len(threads) <= 3
+        assert all(thread.daemon for thread in threads)
+
+    @pytest.mark.parametrize("concurrency", [1, 4])
+    def test_it_never_claims_more_than_it_has_free_slots(
+        self, other: Rig, concurrency: int
+    ) -> None:
+        ended: list[str] = []
+        taken: list[int] = []  # slots, would all be claimed that is asked for
+
+        @other.tasks.register(name="async")
+        async def on_loop() -> None:
+            await asyncio.sleep(0.001)
+            ended.append("async")
+
+        @other.tasks.register
+        def plain() -> None:
+            ended.append("plain")
+
+        claim = other.queue.claim
+
+        def count(limit: int, *args: Any) -> list[Task]:
+            claimed = sum(task.attempt for task in other.queue.rows.values())
+            taken.append(claimed - len(ended) + limit)
+            return cast(list[Task], claim(limit, *args))
+
+        other.queue.claim = count
+        for _ in range(20):
+            other.enqueue(Task("async"), plain.task())
+        other.run(concurrency=concurrency)
+        assert max(taken) == concurrency
+
+    def test_it_claims_in_batches(self, other: Rig) -> None:
+        @other.tasks.register
+        async def nothing() -> None: ...
+
+        other.enqueue(*(nothing.task() for _ in range(200)))
+        other.run(concurrency=20)
+        assert other.queue.count("complete") == 200
+        assert other.queue.count("dequeue_many") <= 20
+
+    def test_it_completes_in_batches(self, rig: Rig, monkeypatch: Any) -> None:
+        groups: list[int] = []
+        commit = omniq_sqlite._Database._commit
+
+        def counted(self: Any, connection: Any, group: Any) -> Any:
+            groups.append(len(group))
+            return commit(self, connection, group)
+
+        @rig.tasks.register
+        async def nothing() -> None: ...
+
+        rig.queue.enqueue_many([nothing.task() for _ in range(200)])
+        monkeypatch.setattr(omniq_sqlite._Database, "_commit", counted)
+        rig.run(concurrency=20)
+        assert sum(groups) >= 210
+        assert len(groups) <= 40
+
+    def test_a_free_slot_is_used_while_others_are_busy(self, rig: Rig) -> None:
+        free = threading.Event()
+
+        @rig.tasks.register
+        def hold() -> bool:
+            return free.wait(WORKER_DEADLINE)
+
+        @rig.tasks.register
+        def let_go() -> None:
+            free.set()
+
+        ids = rig.enqueue(hold.task(), let_go.task())
+        with rig.at_work(concurrency=2):
+            eventually(lambda: rig.backend.results.get(ids[0]))
+        assert rig.value(ids[0]) is True
+
+    def test_it_prefers_the_queues_that_are_named_first(self, rig: Rig) -> None:
+        seen: list[str] = []
+
+        @rig.tasks.register
+        def note(name: str) -> None:
+            seen.append(name)
+
+        for name in ("low", "high", "other"):
+            rig.enqueue(note.options(queue=name).task(name))
+        rig.run(queues=["high", "low"], concurrency=1)
+        assert seen == ["high", "low"]
+
+    def test_an_idle_worker_begins_at_once_and_keeps_no_task_alive(
+        self, rig: Rig
+    ) -> None:
+        began: list[float] = []
+
+        @rig.tasks.register
+        def note() -> None:
+            began.append(time.monotonic())
+
+        with rig.at_work():
+            for number in range(1, 6):
+                time.sleep(0.02)
+                asked = time.monotonic()
+                rig.enqueue(note.task())
+                eventually(lambda: len(began) == number)  # noqa: B023
+                assert began[-1] - asked < 1.0
+
+    def test_it_can_run_again(self, rig: Rig) -> None:
+        plain = rig.tasks.register(thumbnail)
+        worker = rig.worker()
+        for _ in range(2):
+            [task_id] = rig.enqueue(plain.task("a"))
+            if rig.is_async:
+                worker.backend = AsyncSQLiteBackend(rig.path)
+            assert rig.perform(worker, until_empty=True) == 0
+            assert rig.value(task_id) == "a:128"
+
+    def test_it_runs_only_once_at_a_time(self, rig: Rig) -> None:
+        with rig.at_work() as at_work:
+            eventually(rig.queue.list_workers)
+            with pytest.raises(RuntimeError, match="already"):
+                rig.perform(at_work.worker)
+
+    def test_a_memory_database_outlives_the_worker(self) -> None:
+        tasks = TaskRegistry()
+        plain = tasks.register(thumbnail)
+        with SQLiteBackend(":memory:") as backend:
+            for _ in range(2):
+                task_id = backend.enqueue(plain.task("a"))
+                Worker(backend, tasks).run(until_empty=True, signals=False)
+                assert backend.result(task_id, timeout=0).value == "a:128"
+
+    def test_a_blocking_worker_runs_where_a_loop_runs(self, rig: Rig) -> None:
+        [task_id] = rig.enqueue(rig.tasks.register(thumbnail).task("a"))
+
+        async def cell() -> int:
+            return Worker(rig.backend, rig.tasks).run(until_empty=True)
+
+        assert asyncio.run(cell()) == 0
+        assert rig.value(task_id) == "a:128"
+
+    def test_a_file_that_cannot_be_used_ends_it_at_once(self, tmp_path: Path) -> None:
+        path = tmp_path / "jobs.db"
+        path.write_text("this is not a database, and it is long enough to tell" * 20)
+        backend = SQLiteBackend(path)
+        with pytest.raises(omniq_sqlite.CorruptDatabaseError):
+            Worker(backend, TaskRegistry()).run(signals=False)
+
+    def test_importing_loads_nothing_that_few_need(self) -> None:
+        code = "import sys, omniq_sqlite; print('ctypes' in sys.modules)"
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            capture_output=True,
+            text=True,
+            timeout=WORKER_DEADLINE,
+            check=True,
+            env={**os.environ, "PYTHONPATH": str(Path(omniq_sqlite.__file__).parent)},
+        )
+        assert done.stdout.strip() == "False"
+
+
+class TestWorkerArguments:
+    def test_each_worker_refuses_the_other_kind_of_backend(
+        self, tmp_path: Path
+    ) -> None:
+        blocking: Any = SQLiteBackend(tmp_path / "a.db")
+        asynchronous: Any = AsyncSQLiteBackend(tmp_path / "a.db")
+        with pytest.raises(TypeError, match="AsyncWorker takes this one"):
+            Worker(asynchronous, TaskRegistry())
+        with pytest.raises(TypeError, match="Worker takes this one"):
+            AsyncWorker(blocking, TaskRegistry())
+
+    @pytest.mark.parametrize(
+        "options",
+        [{"concurrency": 0}, {"lease": 0}, {"grace": -1}, {"name": ""}, {"queues": []}],
+    )
+    def test_arguments_out_of_range_are_named(
+        self, other: Rig, options: dict[str, Any]
+    ) -> None:
+        with pytest.raises(ValueError, match=next(iter(options))):
+            other.worker(**options)
+
+    @pytest.mark.parametrize("terms", [{"max_tasks": 0}, {"processes": 0}])
+    def test_terms_out_of_range_are_named(
+        self, other: Rig, terms: dict[str, Any]
+    ) -> None:
+        with pytest.raises(ValueError, match=next(iter(terms))):
+            other.perform(other.worker(), **terms)
+
+    def test_two_workers_have_two_names(self, other: Rig) -> None:
+        assert other.worker().name != other.worker().name
+        assert other.worker(name="web").name == "web"
+
+    def test_the_twins_have_the_same_parameters(self) -> None:
+        for name in ("__init__", "run", "stop"):
+            ours = inspect.signature(getattr(Worker, name)).parameters
+            theirs = inspect.signature(getattr(AsyncWorker, name)).parameters
+            assert list(ours) == list(theirs)
+            assert [p.default for p in ours.values()] == [
+                p.default for p in theirs.values()
+            ]
+
+
+class TestCurrentTask:
+    def test_it_is_the_task_that_runs_here(self, rig: Rig) -> None:
+        @rig.tasks.register
+        def plain() -> str:
+            return current_task().id
+
+        @rig.tasks.register
+        async def on_loop() -> str:
+            await asyncio.sleep(0.001)
+            return await asyncio.create_task(inner())
+
+        async def inner() -> str:
+            return current_task().id
+
+        ids = rig.enqueue(*(f.task() for f in (plain, on_loop) * 5))
+        rig.run()
+        assert [rig.value(task_id) for task_id in ids] == ids
+
+    def test_outside_a_task_there_is_none(self) -> None:
+        with pytest.raises(RuntimeError, match="inside a task"):
+            current_task()
+
+    def test_each_run_has_a_context_of_its_own(self, rig: Rig) -> None:
+        level: contextvars.ContextVar[int] = contextvars.ContextVar("level")
+
+        @contextlib.contextmanager
+        def lifespan() -> Iterator[None]:
+            level.set(1)
+            yield
+
+        def raise_level() -> int:
+            level.set(level.get() + 1)
+            return level.get()
+
+        @rig.tasks.register
+        async def raise_async() -> int:
+            return raise_level()
+
+        plain = rig.tasks.register(raise_level)
+        ids = rig.enqueue(*(f.task() for f in (plain, raise_async) * 3))
+        rig.run(lifespan=lifespan, concurrency=1)
+        assert [rig.value(task_id) for task_id in ids] == [2] * 6
+
+
+class TestProgress:
+    @pytest.mark.parametrize("kind", ["plain", "async"])
+    def test_it_shows_in_the_task(self, rig: Rig, kind: str) -> None:
+        free = threading.Event()
+
+        @rig.tasks.register(name="plain")
+        def plain() -> None:
+            progress(3, 10, "reading")
+            free.wait(WORKER_DEADLINE)
+
+        @rig.tasks.register(name="async")
+        async def on_loop() -> None:
+            progress(3, 10, "reading")
+            await asyncio.to_thread(free.wait, WORKER_DEADLINE)
+
+        [task_id] = rig.enqueue(Task(kind))
+        with rig.at_work():
+            eventually(lambda: rig.get(task_id).progress)
+            shown = rig.get(task_id).progress
+            free.set()
+        assert shown == {"done": 3, "total": 10, "message": "reading"}
+
+    def test_it_is_written_at_most_once_a_second(self, other: Rig) -> None:
+        @other.tasks.register
+        def count() -> None:
+            ends_at = time.monotonic() + 1.3
+            for number in itertools.count():
+                progress(number)
+                if time.monotonic() > ends_at:
+                    return
+
+        other.enqueue(count.task())
+        other.run(lease=60.0)
+        assert 1 <= other.queue.count("extend") <= 2
+
+    def test_outside_a_worker_it_does_nothing(self) -> None:
+        progress(1, 2, "alone")
+
+    @pytest.mark.parametrize("value", [float("nan"), float("inf"), "half"])
+    def test_a_wrong_number_is_refused(self, value: Any) -> None:
+        with pytest.raises(ValueError, match="total"):
+            progress(1, value)
+
+
+# =============================================================================
+# Outcomes
+# =============================================================================
+
+
+class TestOutcome:
+    def test_an_exception_is_retried_while_attempts_remain(self, rig: Rig) -> None:
+        @rig.tasks.register(max_attempts=3, retry_delay=0.01)
+        def third_time() -> int:
+            if current_task().attempt < 3:
+                raise ValueError("not yet")
+            return current_task().attempt
+
+        [task_id] = rig.enqueue(third_time.task())
+        rig.run()
+        assert rig.value(task_id) == 3
+
+    def test_without_attempts_left_the_task_has_failed(self, rig: Rig) -> None:
+        @rig.tasks.register(max_attempts=2, retry_delay=0.01)
+        async def never() -> None:
+            raise ValueError("never")
+
+        [task_id] = rig.enqueue(never.task())
+        rig.run()
+        task = rig.get(task_id)
+        assert (task.status, task.attempt) == (TaskStatus.FAILED, 2)
+        result = rig.backend.results.get(task_id)
+        assert (result.status, result.error_type) == (ResultStatus.ERROR, "ValueError")
+        assert "never" in result.error
+        assert "in never" in result.traceback
+        assert "_Shift" not in result.traceback
+        assert omniq_sqlite.__file__ not in result.traceback
+
+    def test_retry_sets_the_delay(self, rig: Rig) -> None:
+        @rig.tasks.register(retry_delay=1000)
+        def again() -> int:
+            if current_task().attempt == 1:
+                raise Retry(0.01)
+            return current_task().attempt
+
+        [task_id] = rig.enqueue(again.task())
+        rig.run()
+        assert rig.value(task_id) == 2
+
+    def test_retry_without_a_delay_takes_the_usual_one(self, other: Rig) -> None:
+        @other.tasks.register(retry_delay=0.02)
+        def again() -> int:
+            if current_task().attempt == 1:
+                raise Retry
+            return current_task().attempt
+
+        [task_id] = other.enqueue(again.task())
+        other.run()
+        assert other.value(task_id) == 2
+
+    def test_retry_uses_up_attempts_and_keeps_its_cause(self, rig: Rig) -> None:
+        @rig.tasks.register(max_attempts=2)
+        async def again() -> None:
+            raise Retry(0) from ConnectionError("unplugged")
+
+        [task_id] = rig.enqueue(again.task())
+        rig.run()
+        assert rig.get(task_id).status is TaskStatus.FAILED
+        assert rig.backend.results.get(task_id).error_type == "ConnectionError"
+
+    def test_a_wrong_delay_is_refused(self) -> None:
+        with pytest.raises(ValueError, match="delay"):
+            Retry(-1)
+
+    def test_reject_fails_for_good(self, rig: Rig) -> None:
+        @rig.tasks.register(max_attempts=5)
+        def refuse() -> None:
+            raise Reject("no such customer")
+
+        [task_id] = rig.enqueue(refuse.task())
+        rig.run()
+        task = rig.get(task_id)
+        assert (task.status, task.attempt) == (TaskStatus.FAILED, 1)
+        assert "no such customer" in str(task.error)
+
+    def test_a_result_that_cannot_be_stored_fails_without_a_retry(
+        self, rig: Rig
+    ) -> None:
+        @rig.tasks.register(max_attempts=5)
+        def strange() -> object:
+            return object()
+
+        [task_id] = rig.enqueue(strange.task())
+        rig.run()
+        task = rig.get(task_id)
+        assert (task.status, task.attempt) == (TaskStatus.FAILED, 1)
+        result = rig.backend.results.get(task_id)
+        assert result.error_type == "SerializationError"
+
+    @pytest.mark.parametrize("error", [SystemExit, KeyboardInterrupt])
+    @pytest.mark.parametrize("kind", ["plain", "async"])
+    def test_an_exit_is_a_failed_attempt(
+        self, rig: Rig, kind: str, error: type[BaseException]
+    ) -> None:
+        @rig.tasks.register(name="plain", max_attempts=1)
+        def plain() -> None:
+            raise error
+
+        @rig.tasks.register(name="async", max_attempts=1)
+        async def on_loop() -> None:
+            raise error
+
+        after = rig.tasks.register(thumbnail)
+        ids = rig.enqueue(Task(kind, max_attempts=1), after.task("a"))
+        assert rig.run(concurrency=1) == 0
+        assert rig.get(ids[0]).status is TaskStatus.FAILED
+        assert rig.value(ids[1]) == "a:128"
+
+    def test_a_cancellation_of_its_own_is_a_failed_attempt(self, rig: Rig) -> None:
+        @rig.tasks.register(max_attempts=1)
+        async def give_up() -> None:
+            raise asyncio.CancelledError
+
+        [task_id] = rig.enqueue(give_up.task())
+        rig.run()
+        assert rig.get(task_id).status is TaskStatus.FAILED
+
+    def test_a_wrong_argument_in_the_task_is_a_failed_attempt(self, rig: Rig) -> None:
+        rig.tasks.register(thumbnail)
+        [task_id] = rig.enqueue(Task("thumbnail", max_attempts=1))
+        rig.run()
+        assert "path" in str(rig.get(task_id).error)
+
+
+class TestUnknownName:
+    def test_it_is_given_back_for_a_minute_with_a_warning(
+        self, rig: Rig, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        known = rig.tasks.register(thumbnail)
+        [task_id, other_id] = rig.enqueue(Task("newer"), known.task("a"))
+        before = datetime.now(UTC)
+        with rig.at_work():
+            eventually(lambda: rig.get(task_id).status is TaskStatus.SCHEDULED)
+            eventually(lambda: rig.backend.results.get(other_id))
+        task = rig.get(task_id)
+        assert task.attempt == 0
+        assert task.run_at is not None
+        wait = task.run_at - before
+        assert timedelta(seconds=59) < wait < timedelta(seconds=90)
+        assert "newer" in of_worker(caplog, logging.WARNING)[0].getMessage()
+
+    def test_it_fails_where_the_queue_is_to_be_emptied(self, rig: Rig) -> None:
+        [task_id] = rig.enqueue(Task("newer", max_attempts=5))
+        rig.run()
+        assert rig.get(task_id).status is TaskStatus.FAILED
+        assert rig.backend.results.get(task_id).error_type == "UnknownTaskError"
+
+
+class TestUntilEmpty:
+    def test_it_waits_for_what_is_scheduled(self, rig: Rig) -> None:
+        [task_id] = rig.enqueue(rig.tasks.register(thumbnail).task("a"), delay=0.3)
+        rig.run()
+        assert rig.value(task_id) == "a:128"
+
+    def test_it_runs_what_its_tasks_enqueue(self, rig: Rig) -> None:
+        @rig.tasks.register
+        def count_down(number: int) -> None:
+            if number:
+                rig.enqueue(count_down.task(number - 1))
+
+        rig.enqueue(count_down.task(5))
+        rig.run()
+        assert rig.queue.count_tasks() == 0
+        assert len(rig.backend.results.list_results()) == 6
+
+    def test_a_paused_queue_does_not_count(self, rig: Rig) -> None:
+        rig.queue.pause("default")
+        rig.enqueue(rig.tasks.register(thumbnail).task("a"))
+        assert rig.run() == 0
+        assert rig.queue.count_tasks(status="pending") == 1
+
+    def test_what_runs_elsewhere_does_not_count(self, rig: Rig) -> None:
+        rig.enqueue(rig.tasks.register(thumbnail).task("a"))
+        rig.queue.dequeue(worker="elsewhere")
+        assert rig.run() == 0
+        assert rig.queue.count_tasks(status="running") == 1
+
+    def test_what_expired_does_not_count(self, rig: Rig) -> None:
+        plain = rig.tasks.register(thumbnail)
+        past = datetime.now(UTC) - timedelta(seconds=1)
+        [task_id] = rig.enqueue(plain.options(expires_at=past).task("a"))
+        assert rig.run() == 0
+        assert rig.get(task_id).status is TaskStatus.EXPIRED
+
+
+class TestMaxTasks:
+    def test_it_ends_after_so_many(self, rig: Rig) -> None:
+        plain = rig.tasks.register(thumbnail)
+        rig.enqueue(*(plain.task("a") for _ in range(10)))
+        assert rig.perform(rig.worker(), max_tasks=7) == 0
+        assert len(rig.backend.results.list_results()) == 7
+        assert rig.queue.count_tasks(status="pending") == 3
+
+
+# =============================================================================
+# Leases and time
+# =============================================================================
+
+
+class TestHeartbeat:
+    def test_a_function_that_blocks_the_loop_runs_once(self, rig: Rig) -> None:
+        runs: list[int] = []
+
+        @rig.tasks.register(max_attempts=1)
+        async def block() -> str:
+            runs.append(current_task().attempt)
+            time.sleep(3)  # noqa: ASYNC251 (that is the point)
+            return "done"
+
+        [task_id] = rig.enqueue(block.task())
+        with rig.at_work(lease=1.0, name="first"), rig.at_work(lease=1.0):
+            eventually(lambda: rig.backend.results.get(task_id))
+        assert runs == [1]
+        assert rig.value(task_id) == "done"
+
+    def test_it_runs_in_a_thread_of_its_own(self, other: Rig) -> None:
+        @other.tasks.register
+        async def block() -> None:
+            time.sleep(0.4)  # noqa: ASYNC251 (that is the point)
+
+        other.enqueue(block.task())
+        other.run(lease=0.3, name="w")
+        threads = {call[1] for call in other.queue.calls if call[0] == "extend"}
+        assert threads
+        assert threading.current_thread().name not in threads
+
+    def test_it_has_connections_of_its_own(
+        self, rig: Rig, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        gateways: set[int] = set()
+        extend = omniq_sqlite.AsyncSQLiteQueue.extend
+
+        async def noted(self: Any, *args: Any, **kwargs: Any) -> Task:
+            gateways.add(id(self._gateway.database))
+            return await extend(self, *args, **kwargs)
+
+        @rig.tasks.register
+        def wait() -> None:
+            eventually(lambda: gateways)
+
+        monkeypatch.setattr(omniq_sqlite.AsyncSQLiteQueue, "extend", noted)
+        rig.enqueue(wait.task())
+        worker = rig.worker(lease=0.3)
+        rig.perform(worker, until_empty=True)
+        ours: Any = (worker._async if isinstance(worker, Worker) else worker).backend
+        assert len(gateways) == 1
+        assert id(ours.queue._gateway.database) not in gateways
+
+    def test_a_busy_database_does_not_make_it_give_up(self, other: Rig) -> None:
+        busy = DatabaseBusyError("jobs.db", 30.0)
+        other.queue.faults += [("extend", busy)] * 2 + [("extend", OSError("odd"))]
+
+        @other.tasks.register
+        def wait() -> None:
+            eventually(lambda: other.queue.count("extend") >= 5)
+
+        [task_id] = other.enqueue(wait.task())
+        other.run(lease=0.3)
+        assert other.get(task_id).status is TaskStatus.COMPLETED
+
+    def test_a_short_task_costs_no_heartbeat(self, other: Rig) -> None:
+        plain = other.tasks.register(thumbnail)
+        other.enqueue(*(plain.task("a") for _ in range(50)))
+        other.run(lease=60.0)
+        assert other.queue.count("extend") == 0
+
+    def test_a_claim_that_came_late_is_confirmed_first(self, other: Rig) -> None:
+        # As when a function has blocked the loop while the claim was delivered.
+        claim = other.queue.claim
+
+        def late(*args: Any) -> list[Task]:
+            past = datetime.now(UTC) - timedelta(seconds=1)
+            return [other.queue.put(t, lease_until=past) for t in claim(*args)]
+
+        other.queue.claim = late
+        plain = other.tasks.register(thumbnail)
+        [task_id] = other.enqueue(plain.task("a"))
+        other.run()
+        assert other.queue.count("extend") == 1
+        assert other.value(task_id) == "a:128"
+
+    def test_a_claim_that_came_too_late_is_not_run(self, other: Rig) -> None:
+        claim = other.queue.claim
+        lost: list[Task] = []
+
+        def late(*args: Any) -> list[Task]:
+            past = datetime.now(UTC) - timedelta(seconds=1)
+            claimed = [dataclasses.replace(t, lease_until=past) for t in claim(*args)]
+            for task in claimed[: 1 - len(lost)]:
+                lost.append(task)
+                other.queue.put(task, lease_id="another's", lease_until=past)
+            return claimed
+
+        other.queue.claim = late
+        runs: list[str] = []
+
+        @other.tasks.register
+        def note() -> None:
+            runs.append(current_task().id)
+
+        ids = other.enqueue(note.task(), note.task())
+        other.run(concurrency=1)
+        assert runs == [ids[1]]
+
+
+class TestLostLease:
+    def test_it_cancels_an_async_function(
+        self, rig: Rig, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        seen: list[str] = []
+
+        @rig.tasks.register
+        async def wait() -> None:
+            seen.append("began")
+            try:
+                await asyncio.sleep(WORKER_DEADLINE)
+            except asyncio.CancelledError:
+                seen.append("cancelled")
+                raise
+
+        [task_id] = rig.enqueue(wait.task())
+        with rig.at_work(lease=0.3):
+            eventually(lambda: seen)
+            assert rig.queue.cancel(task_id)
+            eventually(lambda: len(seen) == 2)
+        assert seen == ["began", "cancelled"]
+        assert rig.get(task_id).status is TaskStatus.CANCELLED
+        assert rig.get(task_id).attempt == 1
+        [record] = of_worker(caplog, logging.WARNING)
+        assert "lost its lease" in record.getMessage()
+
+    def test_a_plain_function_learns_of_it_from_progress(self, rig: Rig) -> None:
+        seen: list[str] = []
+
+        @rig.tasks.register
+        def wait() -> None:
+            seen.append("began")
+            while True:
+                try:
+                    progress(1)
+                except LeaseLostError as error:
+                    seen.extend(error.task_ids)
+                    raise
+                time.sleep(0.005)
+
+        [task_id] = rig.enqueue(wait.task())
+        with rig.at_work(lease=0.3):
+            eventually(lambda: seen)
+            rig.queue.cancel(task_id)
+            eventually(lambda: len(seen) == 2)
+        assert seen == ["began", task_id]
+        assert rig.get(task_id).status is TaskStatus.CANCELLED
+
+    def test_progress_finds_out_before_the_heartbeat(self, rig: Rig) -> None:
+        seen: list[str] = []
+
+        @rig.tasks.register
+        def wait() -> None:
+            with contextlib.suppress(LeaseLostError):
+                while True:
+                    progress(len(seen))
+                    seen.append("going")
+                    time.sleep(0.01)
+            seen.clear()
+
+        [task_id] = rig.enqueue(wait.task())
+        with rig.at_work(lease=3600.0):
+            eventually(lambda: seen)
+            rig.queue.cancel(task_id)
+            eventually(lambda: not seen)
+
+    def test_an_outcome_that_comes_too_late_is_dropped_with_a_warning(
+        self, rig: Rig, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        @rig.tasks.register
+        def settle_itself() -> None:
+            rig.queue.cancel(current_task().id)
+
+        after = rig.tasks.register(thumbnail)
+        ids = rig.enqueue(settle_itself.task(), after.task("a"))
+        assert rig.run() == 0
+        assert rig.get(ids[0]).status is TaskStatus.CANCELLED
+        assert rig.value(ids[1]) == "a:128"
+        [record] = of_worker(caplog, logging.WARNING)
+        assert "dropped" in record.getMessage()
+
+
+class TestTimeout:
+    def test_an_async_function_is_cancelled_and_retried(self, rig: Rig) -> None:
+        @rig.tasks.register(timeout=0.1, retry_delay=0.01)
+        async def wait() -> int:
+            if current_task().attempt == 1:
+                await asyncio.sleep(WORKER_DEADLINE)
+            return current_task().attempt
+
+        [task_id] = rig.enqueue(wait.task())
+        rig.run()
+        assert rig.value(task_id) == 2
+
+    def test_a_plain_function_gets_an_exception_in_its_thread(self, rig: Rig) -> None:
+        seen: list[type[BaseException]] = []
+
+        @rig.tasks.register(timeout=0.1, max_attempts=1)
+        def wait() -> None:
+            try:
+                spin(WORKER_DEADLINE)
+            except BaseException as error:
+                seen.append(type(error))
+                raise
+
+        [task_id] = rig.enqueue(wait.task())
+        rig.run()
+        assert seen == [TaskTimeout]
+        result = rig.backend.results.get(task_id)
+        assert result.error_type == "TaskTimeout"
+        assert task_id in result.error
+        assert "0.1 s" in result.error
+
+    @pytest.mark.parametrize("kind", ["plain", "async"])
+    def test_a_function_that_catches_it_may_still_succeed(
+        self, rig: Rig, kind: str
+    ) -> None:
+        @rig.tasks.register(name="plain")
+        def plain() -> str:
+            with contextlib.suppress(TaskTimeout):
+                spin(WORKER_DEADLINE)
+            return "saved what there was"
+
+        @rig.tasks.register(name="async")
+        async def on_loop() -> str:
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.sleep(WORKER_DEADLINE)
+            await asyncio.sleep(0)
+            return "saved what there was"
+
+        [task_id] = rig.enqueue(Task(kind, timeout=0.05))
+        rig.run()
+        assert rig.value(task_id) == "saved what there was"
+
+    def test_it_does_not_strike_inside_an_operation_of_this_module(
+        self, rig: Rig
+    ) -> None:
+        seen: list[str] = []
+
+        @rig.tasks.register(timeout=0.05, max_attempts=1)
+        def operate() -> None:
+            omniq_sqlite._operating.add(threading.get_ident())
+            spin(0.3)
+            seen.append("whole")
+            omniq_sqlite._operating.discard(threading.get_ident())
+            spin(WORKER_DEADLINE)
+
+        [task_id] = rig.enqueue(operate.task())
+        rig.run()
+        assert seen == ["whole"]
+        assert rig.backend.results.get(task_id).error_type == "TaskTimeout"
+
+    def test_one_that_comes_too_late_hits_no_other_task(self, rig: Rig) -> None:
+        # Functions that end just when their time is over, and in the same
+        # thread others that have no timeout.
+        @rig.tasks.register(timeout=0.01, max_attempts=1)
+        def just_in_time() -> None:
+            spin(0.01)
+
+        @rig.tasks.register(max_attempts=1)
+        def unlimited() -> int:
+            spin(0.001)
+            return 1
+
+        tasks = [f.task() for _ in range(60) for f in (just_in_time, unlimited)]
+        ids = rig.queue.enqueue_many(tasks)
+        assert rig.run(concurrency=1) == 0
+        results = rig.backend.results.get_many(ids)
+        assert [results[task_id].value for task_id in ids[1::2]] == [1] * 60
+        ended = [results[task_id] for task_id in ids[::2]]
+        assert {r.error_type for r in ended} <= {None, "TaskTimeout"}
+
+    def test_until_the_thread_ends_its_slot_and_lease_are_kept(
+        self, other: Rig
+    ) -> None:
+        ended: list[float] = []
+        began: list[float] = []
+
+        @other.tasks.register(timeout=0.05, max_attempts=1)
+        def stubborn() -> None:
+            while len(ended) < 1:
+                try:
+                    spin(0.6)
+                    ended.append(time.monotonic())
+                except TaskTimeout:
+                    spin(0.5)
+                    ended.append(time.monotonic())
+                    raise
+
+        @other.tasks.register
+        def next_one() -> None:
+            began.append(time.monotonic())
+
+        ids = other.enqueue(stubborn.task(), next_one.task())
+        assert other.run(concurrency=1, lease=0.3, grace=WORKER_DEADLINE) == 0
+        assert began[0] > ended[0]
+        assert other.queue.count("extend") >= 3
+        assert isinstance(other.memory and other.memory.outcomes[ids[0]], TaskTimeout)
+
+    @pytest.mark.parametrize("kind", ["plain", "async"])
+    def test_a_function_that_does_not_end_ends_the_worker_with_status_75(
+        self, rig: Rig, kind: str, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        free = threading.Event()
+        steps: list[str] = []
+
+        @rig.tasks.register(name="plain")
+        def plain() -> None:
+            while not free.is_set():
+                with contextlib.suppress(TaskTimeout):
+                    free.wait(0.01)
+
+        @rig.tasks.register(name="async")
+        async def on_loop() -> None:
+            while not free.is_set():
+                with contextlib.suppress(asyncio.CancelledError):
+                    await asyncio.sleep(0.01)
+
+        @rig.tasks.register
+        def finish() -> str:
+            steps.append("began")
+            eventually(lambda: rig.get(ids[0]).status is TaskStatus.FAILED)
+            time.sleep(0.1)
+            return "finished"
+
+        ids = rig.enqueue(Task(kind, timeout=0.05, max_attempts=1), finish.task())
+        worker = rig.worker(concurrency=2, grace=0.2, lease=0.3)
+        rig.after_run = free.set  # `asyncio.run` waits for what cannot be cancelled
+
+        def add_more() -> None:
+            eventually(lambda: rig.get(ids[0]).status is TaskStatus.FAILED)
+            time.sleep(0.05)
+            ids.extend(rig.enqueue(finish.task()))
+
+        adding = threading.Thread(target=add_more, daemon=True)
+        adding.start()
+        try:
+            assert rig.perform(worker) == 75
+        finally:
+            free.set()
+        adding.join(WORKER_DEADLINE)
+        assert rig.backend.results.get(ids[0]).error_type == "TaskTimeout"
+        assert rig.value(ids[1]) == "finished"
+        assert rig.get(ids[2]).status is TaskStatus.PENDING
+        assert any(ids[0] in r.getMessage() for r in of_worker(caplog, logging.ERROR))
+
+    def test_a_process_with_status_75_exits_although_the_thread_hangs(
+        self, start: Callable[..., Program]
+    ) -> None:
+        program = start("""
+            import sys, threading
+            from omniq_sqlite import SQLiteBackend, TaskRegistry, Worker
+
+            tasks = TaskRegistry()
+
+            @tasks.register(timeout=0.05, max_attempts=1)
+            def hang():
+                threading.Lock().acquire()
+                lock = threading.Lock()
+                lock.acquire()
+                lock.acquire()
+
+            with SQLiteBackend("jobs.db") as backend:
+                backend.enqueue(hang.task())
+                sys.exit(Worker(backend, tasks, grace=0.1).run())
+            """)
+        assert program.end() == 75
+        assert program.errors == ""
+
+
+# =============================================================================
+# Around the runs
+# =============================================================================
+
+
+class TestWrap:
+    @pytest.mark.parametrize("kind", ["plain", "async"])
+    def test_it_is_entered_around_each_run_where_the_function_runs(
+        self, rig: Rig, kind: str
+    ) -> None:
+        seen: list[tuple[str, int]] = []
+
+        @contextlib.contextmanager
+        def wrap(task: Task) -> Iterator[None]:
+            seen.append((f"enter {task.func}", threading.get_ident()))
+            try:
+                yield
+            except ValueError:
+                seen.append(("error", threading.get_ident()))
+                raise
+            seen.append(("exit", threading.get_ident()))
+
+        def step() -> None:
+            seen.append(("run", threading.get_ident()))
+            if current_task().attempt == 1:
+                raise ValueError("first")
+
+        @rig.tasks.register(name="plain")
+        def plain() -> None:
+            step()
+
+        @rig.tasks.register(name="async")
+        async def on_loop() -> None:
+            step()
+
+        rig.enqueue(Task(kind, retry_delay=0.01))
+        rig.run(wrap=wrap)
+        names = [name for name, _ in seen]
+        enter = f"enter {kind}"
+        assert names == [enter, "run", "error", enter, "run", "exit"]
+        first, second = ({i for _, i in part} for part in (seen[:3], seen[3:]))
+        assert len(first) == len(second) == 1
+        assert (first == {threading.get_ident()}) is (kind == "async")
+
+    def test_an_async_one_is_for_async_functions(self, rig: Rig) -> None:
+        seen: list[str] = []
+
+        @contextlib.asynccontextmanager
+        async def wrap(task: Task) -> AsyncIterator[None]:
+            seen.append("enter")
+            await asyncio.sleep(0)
+            yield
+            seen.append("exit")
+
+        @rig.tasks.register
+        async def run() -> None:
+            seen.append("run")
+
+        plain = rig.tasks.register(thumbnail, max_attempts=1)
+        [_, plain_id] = rig.enqueue(run.task(), plain.task("a"))
+        rig.run(wrap=wrap)
+        assert seen == ["enter", "run", "exit"]
+        assert "context manager" in str(rig.get(plain_id).error)
+
+    def test_an_error_in_it_is_a_failed_attempt(self, rig: Rig) -> None:
+        def wrap(task: Task) -> Any:
+            raise RuntimeError("no connection")
+
+        plain = rig.tasks.register(thumbnail, max_attempts=1)
+        [task_id] = rig.enqueue(plain.task("a"))
+        assert rig.run(wrap=wrap) == 0
+        assert "no connection" in str(rig.get(task_id).error)
+
+
+class TestLifespan:
+    @pytest.mark.parametrize("kind", ["plain", "async"])
+    def test_it_is_entered_around_the_worker(self, rig: Rig, kind: str) -> None:
+        seen: list[str] = []
+
+        @contextlib.contextmanager
+        def plain() -> Iterator[None]:
+            seen.append("enter")
+            yield
+            seen.append("exit")
+
+        @contextlib.asynccontextmanager
+        async def asynchronous() -> AsyncIterator[None]:
+            with plain():
+                await asyncio.sleep(0)
+                yield
+
+        @rig.tasks.register
+        def run() -> None:
+            seen.append("run")
+
+        rig.enqueue(run.task(), run.task())
+        rig.run(lifespan=plain if kind == "plain" else asynchronous)
+        assert seen == ["enter", "run", "run", "exit"]
+
+    def test_an_error_in_it_ends_the_worker(self, rig: Rig) -> None:
+        def lifespan() -> Any:
+            raise RuntimeError("no connection")
+
+        rig.enqueue(rig.tasks.register(thumbnail).task("a"))
+        with pytest.raises(RuntimeError, match="no connection"):
+            rig.run(lifespan=lifespan)
+        assert rig.queue.count_tasks(status="pending") == 1
+
+
+# =============================================================================
+# Stopping
+# =============================================================================
+
+
+class TestStop:
+    def test_an_idle_worker_stops_at_once(self, rig: Rig) -> None:
+        with rig.at_work(grace=WORKER_DEADLINE) as at_work:
+            eventually(rig.queue.list_workers)
+            began = time.monotonic()
+            at_work.end()
+        assert time.monotonic() - began < 5
+        assert at_work.status == 0
+
+    def test_running_tasks_get_the_grace_and_no_more_are_claimed(
+        self, rig: Rig
+    ) -> None:
+        free = threading.Event()
+        began = threading.Semaphore(0)
+
+        @rig.tasks.register
+        def hold() -> str:
+            began.release()
+            free.wait(WORKER_DEADLINE)
+            return "held"
+
+        ids = rig.enqueue(hold.task(), hold.task(), hold.task())
+        with rig.at_work(concurrency=2, grace=WORKER_DEADLINE) as at_work:
+            for _ in range(2):
+                assert began.acquire(timeout=WORKER_DEADLINE)
+            at_work.worker.stop()
+            time.sleep(0.05)
+            free.set()
+        assert [rig.value(task_id) for task_id in ids[:2]] == ["held", "held"]
+        assert rig.get(ids[2]).status is TaskStatus.PENDING
+        assert at_work.status == 0
+
+    def test_after_the_grace_async_functions_are_cancelled_and_released(
+        self, rig: Rig
+    ) -> None:
+        began = threading.Event()
+
+        @rig.tasks.register
+        async def wait() -> None:
+            began.set()
+            await asyncio.sleep(WORKER_DEADLINE)
+
+        [task_id] = rig.enqueue(wait.task())
+        with rig.at_work(grace=0.05):
+            assert began.wait(WORKER_DEADLINE)
+        task = rig.get(task_id)
+        assert (task.status, task.attempt) == (TaskStatus.PENDING, 0)
+
+    def test_after_the_grace_plain_functions_are_left_to_their_lease(
+        self, rig: Rig, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        began, free = threading.Event(), threading.Event()
+
+        @rig.tasks.register
+        def hold() -> None:
+            began.set()
+            free.wait(WORKER_DEADLINE)
+
+        [task_id] = rig.enqueue(hold.task())
+        with rig.at_work(grace=0.05):
+            assert began.wait(WORKER_DEADLINE)
+            stopped = time.monotonic()
+        assert time.monotonic() - stopped < 5
+        free.set()
+        assert rig.get(task_id).status is TaskStatus.RUNNING
+        assert "lease" in of_worker(caplog, logging.WARNING)[0].getMessage()
+
+    def test_before_run_it_makes_the_next_run_return(self, rig: Rig) -> None:
+        rig.enqueue(rig.tasks.register(thumbnail).task("a"))
+        worker = rig.worker()
+        worker.stop()
+        assert rig.perform(worker) == 0
+        assert rig.queue.count_tasks(status="pending") == 1
+
+    def test_nothing_is_stranded_by_stopping_at_any_moment(self, rig: Rig) -> None:
+        plain = rig.tasks.register(thumbnail)
+        rig.queue.enqueue_many([plain.task("a") for _ in range(300)])
+        for number in range(10):
+            with rig.at_work(concurrency=4):
+                time.sleep(0.003 * number)
+        left = rig.queue.count_tasks(status="pending")
+        assert rig.queue.count_tasks(status="running") == 0
+        assert left + len(rig.backend.results.list_results(limit=1000)) == 300
+
+    def test_cancelling_run_releases_async_functions_and_awaits_plain_ones(
+        self, tmp_path: Path
+    ) -> None:
+        tasks = TaskRegistry()
+        began = threading.Semaphore(0)
+        free = threading.Event()
+
+        @tasks.register
+        async def wait() -> None:
+            began.release()
+            await asyncio.sleep(WORKER_DEADLINE)
+
+        @tasks.register
+        def hold() -> str:
+            began.release()
+            free.wait(WORKER_DEADLINE)
+            return "held"
+
+        async def main() -> tuple[Task | None, Any]:
+            async with AsyncSQLiteBackend(tmp_path / "jobs.db") as backend:
+                ids = await backend.enqueue_many([wait.task(), hold.task()])
+                worker = AsyncWorker(backend, tasks, grace=WORKER_DEADLINE)
+                running = asyncio.create_task(worker.run(signals=False))
+                for _ in range(2):
+                    await asyncio.to_thread(began.acquire)
+                running.cancel()
+                await asyncio.sleep(0.05)
+                running.cancel()  # impatience does not lose a claim
+                asyncio.get_running_loop().call_later(0.05, free.set)
+                with pytest.raises(asyncio.CancelledError):
+                    await running
+                return (
+                    await backend.queue.get_task(ids[0]),
+                    (await backend.result(ids[1], timeout=0)).value,
+                )
+
+        released, value = asyncio.run(main())
+        assert released is not None
+        assert (released.status, released.attempt) == (TaskStatus.PENDING, 0)
+        assert value == "held"
+
+
+WORKER_PROGRAM = """
+    import asyncio, signal, sys, threading, time
+    from omniq_sqlite import SQLiteBackend, TaskRegistry, Worker
+
+    tasks = TaskRegistry()
+
+    @tasks.register
+    async def wait():
+        print("began", flush=True)
+        await asyncio.sleep(60)
+
+    @tasks.register
+    def hold(seconds):
+        print("began", flush=True)
+        time.sleep(seconds)
+        print("ended", flush=True)
+
+    @tasks.register
+    async def block():
+        print("began", flush=True)
+        while True:
+            time.sleep(0.01)
+
+    func, grace, signals = sys.argv[1], float(sys.argv[2]), sys.argv[3] == "True"
+    args = [float(a) for a in sys.argv[4:]]
+    with SQLiteBackend("jobs.db") as backend:
+        backend.enqueue(tasks[func].task(*args))
+        worker = Worker(backend, tasks, grace=grace)
+        status = worker.run(signals=signals)
+    print("status", status, flush=True)
+    sys.exit(status)
+    """
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
+class TestSignals:
+    def left(self, folder: Path) -> list[tuple[str, int]]:
+        with SQLiteBackend(folder / "jobs.db") as backend:
+            return [(str(t.status), t.attempt) for t in backend.queue.list_tasks()]
+
+    @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+    def test_the_first_gives_running_tasks_the_grace(
+        self, start: Callable[..., Program], tmp_path: Path, signum: int
+    ) -> None:
+        program = start(WORKER_PROGRAM, "hold", 20, True, 0.5)
+        program.expect("began")
+        program.process.send_signal(signum)
+        program.expect("ended", "status 0")
+        assert program.end() == 0
+        assert self.left(tmp_path) == []
+
+    def test_then_async_ones_are_released(
+        self, start: Callable[..., Program], tmp_path: Path
+    ) -> None:
+        program = start(WORKER_PROGRAM, "wait", 0.1, True)
+        program.expect("began")
+        program.process.send_signal(signal.SIGTERM)
+        assert program.end() == 0
+        assert self.left(tmp_path) == [("pending", 0)]
+
+    def test_then_threads_are_left_to_their_lease_while_the_process_exits(
+        self, start: Callable[..., Program], tmp_path: Path
+    ) -> None:
+        program = start(WORKER_PROGRAM, "hold", 0.1, True, 60)
+        program.expect("began")
+        program.process.send_signal(signal.SIGTERM)
+        assert program.end() == 0
+        assert self.left(tmp_path) == [("running", 1)]
+
+    @pytest.mark.parametrize("func", ["wait", "block"])
+    def test_the_second_ends_at_once(
+        self, start: Callable[..., Program], func: str
+    ) -> None:
+        program = start(WORKER_PROGRAM, func, 60, True)
+        program.expect("began")
+        program.process.send_signal(signal.SIGINT)
+        time.sleep(0.2)
+        assert program.process.poll() is None
+        program.process.send_signal(signal.SIGINT)
+        assert program.end() == -signal.SIGINT
+
+    def test_without_handling_ctrl_c_strands_nothing_and_is_raised(
+        self, start: Callable[..., Program], tmp_path: Path
+    ) -> None:
+        program = start(WORKER_PROGRAM, "wait", 60, False)
+        program.expect("began")
+        program.process.send_signal(signal.SIGINT)
+        assert program.end() != 0
+        assert program.errors.rstrip().endswith("KeyboardInterrupt")
+        assert self.left(tmp_path) == [("pending", 0)]
+
+    def test_handlers_are_put_back(self, rig: Rig) -> None:
+        before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+        seen: list[Any] = []
+
+        @rig.tasks.register
+        def look() -> None:
+            seen.append(signal.getsignal(signal.SIGTERM))
+
+        rig.enqueue(look.task())
+        worker = Worker(rig.backend, rig.tasks)
+        worker.run(until_empty=True)
+        assert seen[0] not in (before[1], None)
+        after = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+        assert after == before
+
+    def test_none_are_handled_in_another_thread_or_unasked(self, rig: Rig) -> None:
+        before = signal.getsignal(signal.SIGTERM)
+        seen: list[Any] = []
+
+        @rig.tasks.register
+        def look() -> None:
+            seen.append(signal.getsignal(signal.SIGTERM))
+
+        rig.enqueue(look.task())
+        rig.run()
+        rig.enqueue(look.task())
+        worker = Worker(rig.backend, rig.tasks)
+        thread = threading.Thread(target=worker.run, kwargs={"until_empty": True})
+        thread.start()
+        thread.join(WORKER_DEADLINE)
+        assert seen == [before, before]
+
+
+# =============================================================================
+# Child processes
+# =============================================================================
+
+CREW_PROGRAM = """
+    import asyncio, logging, os, signal, sys, threading, time
+    from omniq_sqlite import (
+        AsyncSQLiteBackend, AsyncWorker, SQLiteBackend, TaskRegistry, Worker,
+        current_task,
+    )
+
+    tasks = TaskRegistry()
+
+    @tasks.register
+    def who():
+        return [current_task().worker, os.getpid()]
+
+    @tasks.register
+    def kill():
+        if current_task().attempt == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return current_task().worker
+
+    @tasks.register(timeout=0.1, max_attempts=1)
+    def hang():
+        lock = threading.Lock()
+        lock.acquire()
+        lock.acquire()
+
+    @tasks.register
+    async def wait():
+        print(os.getpid(), flush=True)
+        await asyncio.sleep(60)
+
+    def main(run):
+        with SQLiteBackend("jobs.db") as backend:
+            run(backend, Worker(backend, tasks, name="crew", grace=0.5, concurrency=2))
+    """
+
+
+def crew_program(body: str) -> str:
+    """Return a program that runs `body` with a backend and a worker."""
+    text = textwrap.dedent(CREW_PROGRAM)
+    text += "\ndef run(backend, worker):\n" + textwrap.indent(
+        textwrap.dedent(body), "    "
+    )
+    return text + "\nif __name__ == '__main__':\n    main(run)\n"
+
+
+class TestWorkerProcesses:
+    def test_the_children_are_named_and_share_the_work(
+        self, start: Callable[..., Program]
+    ) -> None:
+        program = start(
+            crew_program("""
+            ids = backend.enqueue_many([who.task() for _ in range(200)])
+            print(worker.run(until_empty=True, processes=2))
+            found = [r.value for r in backend.results.get_many(ids).values()]
+            print(len(found), os.getpid() in {pid for _, pid in found})
+            print(*sorted({name for name, _ in found} | {"crew-1", "crew-2"}))
+            print(backend.queue.list_workers())
+            """)
+        )
+        program.expect("0", "200 False", "crew-1 crew-2", "[]")
+        assert program.end() == 0
+        assert program.errors == ""
+
+    def test_a_child_that_dies_is_replaced_and_its_task_reclaimed_at_once(
+        self, start: Callable[..., Program]
+    ) -> None:
+        program = start(
+            crew_program("""
+            task_id = backend.enqueue(kill.task())
+            started = time.monotonic()
+            print(worker.run(until_empty=True, processes=1 + 1))
+            print(backend.result(task_id, timeout=0).value.startswith("crew-"))
+            print(time.monotonic() - started < 30, backend.result(task_id).attempt)
+            """)
+        )
+        program.expect("0", "True", "True 2")
+        assert program.end() == 0
+
+    def test_a_child_is_replaced_after_max_tasks_under_another_name(
+        self, start: Callable[..., Program]
+    ) -> None:
+        program = start(
+            crew_program("""
+            ids = backend.enqueue_many([who.task() for _ in range(6)])
+            print(worker.run(until_empty=True, processes=2, max_tasks=2))
+            found = [r.value for r in backend.results.get_many(ids).values()]
+            print(len({tuple(who) for who in found}) >= 3)
+            print(len({name for name, _ in found}) == len({pid for _, pid in found}))
+            """)
+        )
+        program.expect("0", "True", "True")
+        assert program.end() == 0
+
+    def test_a_child_with_a_function_that_hangs_is_replaced(
+        self, start: Callable[..., Program]
+    ) -> None:
+        program = start(
+            crew_program("""
+            ids = [backend.enqueue(hang.task()), backend.enqueue(who.task(), delay=2)]
+            print(worker.run(until_empty=True, processes=2))
+            print(*(backend.result(i, timeout=0).error_type for i in ids))
+            """)
+        )
+        program.expect("0", "TaskTimeout None")
+        assert program.end() == 0
+
+    @pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
+    @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+    def test_a_signal_stops_them_all(
+        self, start: Callable[..., Program], tmp_path: Path, signum: int
+    ) -> None:
+        program = start(
+            crew_program("""
+            backend.enqueue_many([wait.task(), wait.task(), wait.task()])
+            print("status", worker.run(processes=2))
+            """)
+        )
+        pids = {int(program.line()) for _ in range(3)}
+        if signum == signal.SIGINT:
+            os.killpg(program.process.pid, signum)  # as a terminal does
+        else:
+            program.process.send_signal(signum)
+        program.expect("status 0")
+        assert program.end() == 0
+        assert program.errors == ""
+        assert not any(is_alive(pid) for pid in pids)
+        with SQLiteBackend(tmp_path / "jobs.db") as backend:
+            tasks = backend.queue.list_tasks()
+        assert [(t.status, t.attempt) for t in tasks] == [("pending", 0)] * 3
+
+    @pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
+    def test_ctrl_c_that_is_not_handled_stops_them_and_is_raised(
+        self, start: Callable[..., Program], tmp_path: Path
+    ) -> None:
+        program = start(
+            crew_program("""
+            backend.enqueue_many([wait.task(), wait.task(), wait.task()])
+            worker.run(processes=2, signals=False)
+            """)
+        )
+        pids = {int(program.line()) for _ in range(3)}
+        began = time.monotonic()
+        os.killpg(program.process.pid, signal.SIGINT)
+        assert program.end() != 0
+        assert time.monotonic() - began < 10
+        assert program.errors.rstrip().endswith("KeyboardInterrupt")
+        assert program.errors.count("Traceback") == 1
+        assert not any(is_alive(pid) for pid in pids)
+        with SQLiteBackend(tmp_path / "jobs.db") as backend:
+            assert backend.queue.count_tasks(status="pending") == 3
+
+    @pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
+    def test_they_do_not_outlive_a_parent_that_was_killed(
+        self, start: Callable[..., Program], tmp_path: Path
+    ) -> None:
+        program = start(
+            crew_program("""
+            backend.enqueue_many([wait.task(), wait.task(), wait.task()])
+            worker.run(processes=2)
+            """)
+        )
+        pids = {int(program.line()) for _ in range(3)}
+        program.process.kill()
+        eventually(lambda: not any(is_alive(pid) for pid in pids))
+        with SQLiteBackend(tmp_path / "jobs.db") as backend:
+            assert backend.queue.count_tasks(status="pending") == 3
+
+    def test_an_async_worker_has_them_too_and_can_be_stopped(
+        self, start: Callable[..., Program]
+    ) -> None:
+        program = start(
+            crew_program("""
+            async def main():
+                async with AsyncSQLiteBackend("jobs.db") as backend:
+                    ids = await backend.enqueue_many([who.task() for _ in range(9)])
+                    worker = AsyncWorker(backend, tasks, name="async")
+                    running = asyncio.create_task(worker.run(processes=2))
+                    found = [(await backend.result(i, timeout=30)).value for i in ids]
+                    worker.stop()
+                    print(await running, {n[:6] for n, _ in found} == {"async-"})
+
+            asyncio.run(main())
+            """)
+        )
+        program.expect("0 True")
+        assert program.end() == 0
+
+    def test_each_child_enters_the_lifespan(
+        self, start: Callable[..., Program]
+    ) -> None:
+        source = crew_program("""
+            worker = Worker(backend, tasks, lifespan=span)
+            backend.enqueue_many([who.task() for _ in range(4)])
+            worker.run(until_empty=True, processes=2)
+            """)
+        span = """
+            import contextlib
+
+            @contextlib.contextmanager
+            def span():
+                print("enter", flush=True)
+                yield
+
+            def run("""
+        program = start(source.replace("def run(", textwrap.dedent(span), 1))
+        program.expect("enter", "enter")
+        assert program.end() == 0
+
+    def test_a_function_that_they_cannot_import_is_an_error_at_once(
+        self, rig: Rig
+    ) -> None:
+        rig.tasks.register(lambda: None, name="inner")
+        with pytest.raises(TypeError, match=r"processes= needs.*importable"):
+            rig.perform(rig.worker(), processes=2)
+        assert multiprocessing.active_children() == []
+
+    def test_a_program_without_a_main_guard_is_told_so(
+        self, start: Callable[..., Program]
+    ) -> None:
+        source = crew_program("worker.run(processes=2)")
+        program = start(source.replace("if __name__ == '__main__':", "if True:"))
+        assert program.end() == 1
+        assert "before it was ready" in program.errors.splitlines()[-1]
+
+    def test_a_program_that_forgets_to_stop_them_exits(
+        self, start: Callable[..., Program]
+    ) -> None:
+        program = start(
+            crew_program("""
+            backend.enqueue(wait.task())
+            run = lambda: worker.run(processes=2)
+            threading.Thread(target=run, daemon=True).start()
+            time.sleep(1.5)
+            """)
+        )
+        pid = int(program.line())
+        program.end()
+        eventually(lambda: not is_alive(pid))
+
+
+# =============================================================================
+# Trouble
+# =============================================================================
+
+
+class TestTrouble:
+    @pytest.mark.parametrize(
+        "error", [DatabaseBusyError("jobs.db", 30.0), OSError("odd"), ConnectionError()]
+    )
+    def test_a_claim_that_fails_is_tried_again(
+        self, other: Rig, error: Exception, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        other.queue.faults += [("dequeue_many", error)] * 2
+        [task_id] = other.enqueue(other.tasks.register(thumbnail).task("a"))
+        assert other.run() == 0
+        assert other.value(task_id) == "a:128"
+        assert len(of_worker(caplog, logging.WARNING)) == 2
+
+    @pytest.mark.parametrize("name", ["complete", "fail", "release"])
+    def test_an_outcome_is_written_until_it_is_written(
+        self, other: Rig, name: str
+    ) -> None:
+        busy = DatabaseBusyError("jobs.db", 30.0)
+        other.queue.faults += [(name, busy), (name, OSError("odd"))]
+        plain = other.tasks.register(thumbnail)
+        func = {"complete": "thumbnail", "fail": "thumbnail", "release": "newer"}[name]
+        args = ("a",) if name == "complete" else ()
+        [task_id] = other.enqueue(Task(func, args, max_attempts=1))
+        assert plain
+        with other.at_work():
+            eventually(
+                lambda: (
+                    other.get(task_id).status
+                    is {
+                        "complete": TaskStatus.COMPLETED,
+                        "fail": TaskStatus.FAILED,
+                        "release": TaskStatus.SCHEDULED,
+                    }[name]
+                )
+            )
+        assert other.queue.count(name) == 3
+
+    def test_a_lease_that_is_lost_meanwhile_ends_the_tries(self, other: Rig) -> None:
+        busy = DatabaseBusyError("jobs.db", 30.0)
+        other.queue.faults += [("complete", busy)]
+        seen: list[str] = []
+
+        @other.tasks.register
+        def note() -> None:
+            seen.append(current_task().id)
+            other.queue.cancel(current_task().id)
+
+        other.enqueue(note.task())
+        assert other.run() == 0
+        assert len(seen) == 1
+        assert other.queue.count("complete") == 2
+
+    def test_a_serializer_that_raises_anything_fails_the_task(self, other: Rig) -> None:
+        other.queue.faults += [("complete", TypeError("not JSON serializable"))]
+        [task_id] = other.enqueue(other.tasks.register(thumbnail).task("a"))
+        other.run()
+        assert other.get(task_id).status is TaskStatus.FAILED
+        assert other.value(task_id) == "not JSON serializable"
+
+    def test_outcomes_that_cannot_be_written_stop_the_claims(self, other: Rig) -> None:
+        busy = DatabaseBusyError("jobs.db", 30.0)
+        other.queue.faults += [("complete", busy)] * 1000
+
+        @other.tasks.register
+        async def nothing() -> None: ...
+
+        other.enqueue(*(nothing.task() for _ in range(50)))
+        with other.at_work(concurrency=4, grace=0.0):
+            eventually(lambda: other.queue.count("complete") >= 20)
+            claimed = sum(task.attempt for task in other.queue.rows.values())
+            assert claimed <= 8
+
+    def test_a_backend_that_was_closed_ends_it(self, other: Rig) -> None:
+        closed = StorageClosedError("jobs.db")
+        other.queue.faults += [("dequeue_many", closed)]
+        with pytest.raises(StorageClosedError):
+            other.run()
+
+    def test_an_outcome_for_a_closed_backend_is_left_to_its_lease(
+        self, other: Rig
+    ) -> None:
+        closed = StorageClosedError("jobs.db")
+
+        @other.tasks.register
+        def close() -> None:
+            other.queue.faults += [("complete", closed), ("dequeue_many", closed)]
+
+        other.enqueue(close.task())
+        with pytest.raises(StorageClosedError):
+            other.run()
+
+    def test_a_failure_that_cannot_be_written_does_not_end_it(self, other: Rig) -> None:
+        other.queue.faults += [("complete", ValueError("odd")), ("fail", TypeError())]
+        ids = other.enqueue(other.tasks.register(thumbnail).task("a"))
+        assert other.run() == 0
+        assert other.get(ids[0]).status is TaskStatus.FAILED
+
+    def test_a_claim_that_comes_after_the_stop_is_given_back(self, other: Rig) -> None:
+        plain = other.tasks.register(thumbnail)
+        claim, asked = other.queue.claim, threading.Event()
+
+        def slow(*args: Any) -> list[Task]:
+            asked.set()
+            time.sleep(0.1)
+            return cast(list[Task], claim(*args))
+
+        other.queue.claim = slow
+        [task_id] = other.enqueue(plain.task("a"))
+        with other.at_work():
+            assert asked.wait(WORKER_DEADLINE)
+        status = other.get(task_id).status
+        assert status in (TaskStatus.PENDING, TaskStatus.COMPLETED)
+
+    def test_a_busy_database_at_the_start_does_not_end_it(self, other: Rig) -> None:
+        other.queue.faults += [("cleanup", DatabaseBusyError("jobs.db", 30.0))]
+        [task_id] = other.enqueue(other.tasks.register(thumbnail).task("a"))
+        assert other.run() == 0
+        assert other.value(task_id) == "a:128"
+
+    def test_it_cleans_up_now_and_then_and_survives_a_failure(
+        self, other: Rig, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(omniq_sqlite, "_CLEANUP_INTERVAL", 0.02)
+        with other.at_work():
+            eventually(lambda: other.queue.count("cleanup") >= 2)
+            other.queue.faults += [("cleanup", OSError("odd"))]
+            eventually(lambda: not other.queue.faults)
+            count = other.queue.count("cleanup")
+            eventually(lambda: other.queue.count("cleanup") > count)
+
+
+class TestWorkerLogging:
+    def test_start_and_stop_are_one_line_each(
+        self, rig: Rig, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        caplog.set_level(logging.INFO, "omniq_sqlite")
+        rig.run(name="web")
+        records = of_worker(caplog, logging.INFO)
+        assert [r.getMessage() for r in records] == [
+            "worker web starts",
+            "worker web stops",
+        ]
+        assert {r.__dict__["worker"] for r in records} == {"web"}
+
+    def test_a_retry_is_a_warning_and_a_final_failure_an_error_with_traceback(
+        self, rig: Rig, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        @rig.tasks.register(max_attempts=2, retry_delay=0.01)
+        def never(password: str) -> None:
+            raise ValueError("never")
+
+        [task_id] = rig.enqueue(
+            never.task(
+                "secret",
+            )
+        )
+        rig.run(name="web")
+        [warning] = of_worker(caplog, logging.WARNING)
+        [error] = of_worker(caplog, logging.ERROR)
+        facts = {"task_id": task_id, "queue": "default", "func": "never"}
+        assert facts.items() <= warning.__dict__.items()
+        assert facts.items() <= error.__dict__.items()
+        assert (warning.__dict__["attempt"], error.__dict__["attempt"]) == (1, 2)
+        assert warning.__dict__["worker"] == error.__dict__["worker"] == "web"
+        assert warning.exc_info is None
+        assert error.exc_info
+        assert error.exc_info[0] is ValueError
+        assert "secret" not in caplog.text
+
+
+MODULE = Path(omniq_sqlite.__file__)
+READING = ["stats", "list", "show", "events"]
+
+
+# =============================================================================
+# Command line
+# =============================================================================
+
+
+def shell(
+    *arguments: str | os.PathLike[str], cwd: Path, program: tuple[str, ...] = ()
+) -> list[str]:
+    return [sys.executable, *(program or ("-m", "omniq_sqlite")), *map(str, arguments)]
+
+
+def command_environment() -> dict[str, str]:
+    paths = [str(MODULE.parent), os.environ.get("PYTHONPATH", "")]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+
+
+def command_call(
+    *arguments: str | os.PathLike[str],
+    cwd: Path,
+    program: tuple[str, ...] = (),
+    deadline: float = 60.0,
+) -> subprocess.CompletedProcess[str]:
+    """Run the command line in a process of its own."""
+    return subprocess.run(
+        shell(*arguments, cwd=cwd, program=program),
+        cwd=cwd,
+        env=command_environment(),
+        capture_output=True,
+        text=True,
+        errors="surrogateescape",
+        stdin=subprocess.DEVNULL,
+        timeout=deadline,
+        check=False,
+    )
+
+
+def command_start(
+    *arguments: str | os.PathLike[str], cwd: Path
+) -> subprocess.Popen[str]:
+    """Start the command line in a process group of its own, as a shell does."""
+    return subprocess.Popen(
+        shell(*arguments, cwd=cwd),
+        cwd=cwd,
+        env=command_environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        stdin=subprocess.DEVNULL,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def finish(process: subprocess.Popen[str], deadline: float = 60.0) -> tuple[str, str]:
+    try:
+        return process.communicate(timeout=deadline)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+        raise
+
+
+def wait_until(happened: Any, deadline: float = 30.0) -> None:
+    limit = time.monotonic() + deadline
+    while not happened():
+        assert time.monotonic() < limit, "it did not happen in time"
+        time.sleep(0.02)
+
+
+def is_one_line(text: str) -> bool:
+    return text.count("\n") == 1 and "Traceback" not in text
+
+
+@pytest.fixture
+def jobs(tmp_path: Path) -> str:
+    """A file with a task in several states, events and results."""
+    path = str(tmp_path / "jobs.db")
+    with SQLiteBackend(path, events=True) as backend:
+        backend.enqueue(Task("fail", queue="bad", max_attempts=1, id="failed"))
+        task = backend.queue.dequeue("bad", worker="w1")
+        assert task is not None
+        try:
+            int("no luck\nat all \x1b[31m")
+        except ValueError as error:
+            backend.fail(task, error)
+        backend.enqueue(Task("add", (1, "two"), {"key": [3]}, id="waiting"))
+        backend.enqueue(Task("add", id="late"), delay=3600)
+        backend.enqueue(Task("add", queue="done", id="done"))
+        task = backend.queue.dequeue("done", worker="w2")
+        assert task is not None
+        backend.complete(task, {"sum": 3})
+    return path
+
+
+def lines_of(text: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in text.splitlines()]
+
+
+# -- demo --
+
+
+def grow_tree(folder: Path, count: int) -> None:
+    """Make `count` small files under odd names, and what must not be read."""
+    names = [
+        "plain.txt", "with space.md", "line\nbreak.html", "tab\there", "quote'\".json",
+        "data:text,x", "-rf", "\x1b[31mred", "*?[x]", "\N{SNOWMAN}.png", "e\u0301",
+        "archive.tar.gz", "percent%00", "back\\slash", ".hidden", "trailing ", "~",
+    ]  # fmt: skip
+    raw = [os.fsencode(name) for name in names] + [b"\xff\xfe latin \xe9.jpg", b"\x80"]
+    folder.mkdir()
+    for number in range(count):
+        parent = os.fsencode(folder / f"d{number // 97}")
+        if number % 97 == 0:
+            parent += b"/"
+            os.makedirs(parent)
+        name = raw[number % len(raw)] + (b"" if number < 19 else b"%d" % number)
+        with open(os.path.join(parent, name), "wb") as file:
+            file.write(b"%d\n" % number * (number % 31))
+    deep = folder / "deep" / "/".join("x" * 20 for _ in range(60))
+    deep.mkdir(parents=True)
+    (deep / "file").write_text("deep")
+    (folder / "link").symlink_to("/etc/passwd")
+    (folder / "loop").symlink_to(folder)
+    (folder / "nowhere").symlink_to("not there")
+    os.mkfifo(folder / "fifo")
+
+
+def expected_digests(folder: Path) -> dict[bytes, str]:
+    found: dict[bytes, str] = {}
+    for parent, _, names in os.walk(os.fsencode(folder)):
+        for name in names:
+            path = os.path.join(parent, name)
+            if os.path.isfile(path) and not os.path.islink(path):
+                with open(path, "rb") as file:
+                    found[path] = hashlib.file_digest(file, "sha256").hexdigest()
+    return found
+
+
+def stored_values(db: Path) -> list[dict[str, Any]]:
+    with SQLiteResultStorage(db) as results:
+        return [
+            result.value
+            for result in results.list_results(status="success", limit=100_000)
+        ]
+
+
+def stored_digests(db: Path) -> dict[bytes, str]:
+    return {os.fsencode(v["path"]): v["sha256"] for v in stored_values(db)}
+
+
+def count_events(db: Path, kind: str) -> Counter[str | None]:
+    """How often this happened, by task."""
+    with SQLiteBackend(db, events=True) as backend:
+        assert backend.events is not None
+        events = backend.events.query(type=kind, limit=1_000_000)
+    return Counter(event.task_id for event in events)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Three files in a folder."""
+    folder = tmp_path / "files"
+    folder.mkdir()
+    for name in ("a.txt", "b.bin", "c.tar.gz"):
+        (folder / name).write_text(name)
+    return folder
+
+
+def fact(output: str, name: str) -> str:
+    """Return the value that a line of the first table gives for `name`."""
+    table = output.partition("\n\n")[0]
+    [line] = [line for line in table.splitlines() if line.strip().startswith(name)]
+    return line.strip().removeprefix(name).strip()
+
+
+class TestDemo:
+    def test_its_digests_are_those_of_sha256sum_whatever_the_names(
+        self, tmp_path: Path
+    ) -> None:
+        grow_tree(tmp_path / "tree", 2_000)
+        with open(tmp_path / "tree" / "sparse", "wb") as file:
+            file.truncate(200_000_000)
+        expected = expected_digests(tmp_path / "tree")
+        done = command_call(
+            "demo", "tree", "--db", "d.db", "--workers", "2", cwd=tmp_path
+        )
+        assert (done.returncode, done.stderr) == (0, "")
+        assert stored_digests(tmp_path / "d.db") == expected
+        assert len(expected) == 2_002
+        assert fact(done.stdout, "files") == "2,002"
+        assert "omniq_sqlite events d.db" in done.stdout
+        if shutil.which("sha256sum") is None:
+            return
+        for path in list(expected)[:50]:
+            with open(path, "rb") as file:
+                line = subprocess.check_output(["sha256sum"], stdin=file, text=True)
+            assert line.split()[0] == expected[path]
+
+    def test_a_result_has_size_and_media_type(
+        self, folder: Path, tmp_path: Path
+    ) -> None:
+        db = tmp_path / "d.db"
+        assert main(["demo", str(folder), "--db", str(db), "--workers", "1"]) == 0
+        found = {v["path"]: (v["size"], v["type"]) for v in stored_values(db)}
+        assert found == {
+            str(folder / "a.txt"): (5, "text/plain"),
+            str(folder / "b.bin"): (5, "application/octet-stream"),
+            str(folder / "c.tar.gz"): (8, "application/gzip"),
+        }
+
+    def test_the_database_has_a_default(self, folder: Path, tmp_path: Path) -> None:
+        assert command_call("demo", folder, cwd=tmp_path).returncode == 0
+        assert len(stored_values(tmp_path / "omniq-demo.db")) == 3
+
+    def test_each_step_is_an_event(self, folder: Path, tmp_path: Path) -> None:
+        db = tmp_path / "d.db"
+        main(["demo", str(folder), "--db", str(db), "--workers", "1"])
+        for kind in ("enqueued", "dequeued", "completed"):
+            assert sorted(count_events(db, kind).values()) == [1, 1, 1]
+
+    def test_a_second_run_does_no_finished_file_again(
+        self, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        db = tmp_path / "d.db"
+        arguments = ["demo", str(folder), "--db", str(db), "--workers", "1"]
+        assert main(arguments) == 0
+        (folder / "new").write_text("new")
+        capsys.readouterr()
+        assert main(arguments) == 0
+        output = capsys.readouterr().out
+        assert fact(output, "files") == "4"
+        assert fact(output, "done before") == "3"
+        assert fact(output, "done now") == "1"
+        assert set(count_events(db, "dequeued").values()) == {1}
+
+    def test_a_file_that_changed_since_is_done_again(
+        self, folder: Path, tmp_path: Path
+    ) -> None:
+        db = tmp_path / "d.db"
+        arguments = ["demo", str(folder), "--db", str(db), "--workers", "1"]
+        main(arguments)
+        (folder / "a.txt").write_text("another text")
+        assert main(arguments) == 0
+        assert stored_digests(db) == expected_digests(folder)
+        assert sorted(count_events(db, "enqueued").values()) == [1, 1, 1, 1]
+
+    def test_ctrl_c_stops_it_within_two_seconds_and_the_next_run_goes_on(
+        self, tmp_path: Path
+    ) -> None:
+        grow_tree(tmp_path / "tree", 600)
+        with open(tmp_path / "tree" / "sparse", "wb") as file:
+            file.truncate(2_000_000_000)
+        db = tmp_path / "d.db"
+        command = ("demo", "tree", "--db", "d.db", "--workers", "2")
+        process = command_start(*command, cwd=tmp_path)
+        wait_until(lambda: db.exists() and len(stored_values(db)) > 50)
+        began = time.monotonic()
+        os.killpg(process.pid, signal.SIGINT)
+        _, errors = finish(process)
+        assert time.monotonic() - began < 2.0
+        assert process.returncode == 130
+        assert "Traceback" not in errors
+        os.truncate(tmp_path / "tree" / "sparse", 1_000_000)
+        done_before = set(count_events(db, "completed"))
+        assert 50 < len(done_before) < 603
+
+        done = command_call(*command, cwd=tmp_path)
+        assert done.returncode == 0
+        assert int(fact(done.stdout, "done before")) == len(done_before)
+        assert set(count_events(db, "completed").values()) == {1}
+        expected = expected_digests(tmp_path / "tree")
+        assert stored_digests(db) == expected
+
+    def test_sigterm_stops_it_in_the_middle_of_a_large_file(
+        self, tmp_path: Path
+    ) -> None:
+        (tmp_path / "tree").mkdir()
+        for name in ("a", "b"):
+            with open(tmp_path / "tree" / name, "wb") as file:
+                file.truncate(20_000_000_000)
+        db = tmp_path / "d.db"
+        process = command_start(
+            "demo", "tree", "--db", "d.db", "--workers", "2", cwd=tmp_path
+        )
+        wait_until(lambda: db.exists() and len(count_events(db, "dequeued")) == 2)
+        process.terminate()
+        assert finish(process, 2)[1] == "stopped, 2 files left; run it again to go on\n"
+        assert process.returncode == 130
+        with SQLiteBackend(db) as backend:
+            tasks = backend.queue.list_tasks()
+        assert [(task.status, task.attempt) for task in tasks] == [("pending", 0)] * 2
+
+    def test_what_a_killed_run_has_left_is_taken_over_at_once(
+        self, folder: Path, tmp_path: Path
+    ) -> None:
+        program = f"""
+            import os
+            from omniq_sqlite import SQLiteQueue, Task
+            queue = SQLiteQueue("d.db")
+            path = {str(folder / "a.txt")!r}
+            queue.enqueue(Task("fingerprint", (path,), queue="demo"))
+            assert queue.dequeue("demo", worker="w", lease=1_000.0)
+            os._exit(0)
+        """
+        done = command_call(cwd=tmp_path, program=("-c", textwrap.dedent(program)))
+        assert done.returncode == 0, done.stderr
+        done = command_call("demo", folder, "--db", "d.db", cwd=tmp_path)
+        assert done.returncode == 0
+        assert len(stored_values(tmp_path / "d.db")) == 4
+
+    def test_what_was_cancelled_or_lost_its_result_is_done_again(
+        self, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        db = tmp_path / "d.db"
+        arguments = ["demo", str(folder), "--db", str(db), "--workers", "1"]
+        assert main(arguments) == 0
+        (folder / "new").write_text("new")
+        with SQLiteBackend(db) as backend:
+            assert backend.results is not None
+            [first, *_] = backend.results.list_results()
+            backend.results.delete(first.task_id)
+            status = (folder / "new").stat()
+            version = (status.st_ino, status.st_size, status.st_mtime_ns)
+            key = omniq_sqlite._file_id(str(folder / "new"), version)
+            task = Task("fingerprint", queue="demo", id=key, max_attempts=1)
+            backend.queue.cancel(backend.enqueue(task))
+        capsys.readouterr()
+        assert main(arguments) == 1  # the cancelled one has no argument
+        output = capsys.readouterr().out
+        assert (fact(output, "done now"), fact(output, "failed")) == ("1", "1")
+        assert main(arguments) == 1
+        assert fact(capsys.readouterr().out, "done before") == "3"
+
+    def test_a_second_run_beside_the_first_adds_nothing_twice_and_both_end(
+        self, tmp_path: Path
+    ) -> None:
+        grow_tree(tmp_path / "tree", 1_000)
+        command = ("demo", "tree", "--db", "d.db", "--workers", "2")
+        runs = [command_start(*command, cwd=tmp_path) for _ in range(2)]
+        outputs = [finish(run)[0] for run in runs]
+        assert [run.returncode for run in runs] == [0, 0]
+        assert [fact(output, "files") for output in outputs] == ["1,001", "1,001"]
+        for kind in ("enqueued", "completed"):
+            events = count_events(tmp_path / "d.db", kind)
+            assert (len(events), set(events.values())) == (1_001, {1})
+
+    def test_a_vanished_file_fails_by_name_and_the_rest_goes_on(
+        self,
+        folder: Path,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        work = omniq_sqlite._Demo.work
+
+        def vanish_first(demo: Any, processes: int) -> None:
+            (folder / "b.bin").unlink(missing_ok=True)
+            work(demo, processes)
+
+        monkeypatch.setattr(omniq_sqlite._Demo, "work", vanish_first)
+        db = tmp_path / "d.db"
+        assert main(["demo", str(folder), "--db", str(db), "--workers", "1"]) == 1
+        output = capsys.readouterr().out
+        assert fact(output, "failed") == "1"
+        assert fact(output, "retries") == "0"
+        assert f"No such file or directory: '{folder / 'b.bin'}'" in output
+        assert len(stored_values(db)) == 2
+        with SQLiteBackend(db) as backend:
+            [task] = backend.queue.list_tasks(status="failed")
+        assert str(folder / "b.bin") in str(task.error)
+
+    def test_a_file_that_could_not_be_read_is_tried_again_by_the_next_run(
+        self,
+        folder: Path,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        (folder / "b.bin").rename(folder / "b\n\x1b")
+
+        def refuse(name: str, flags: int) -> int:
+            if "b\n" in name:
+                raise PermissionError(13, "Permission denied", name)
+            return os.open(name, flags)
+
+        arguments = ["demo", str(folder), "--db", str(tmp_path / "d.db")]
+        with monkeypatch.context() as patch:
+            patch.setattr(omniq_sqlite, "_open_regular", refuse)
+            assert main([*arguments, "--workers", "1"]) == 1
+        output = capsys.readouterr().out
+        assert "Permission denied" in output
+        assert "b\\n\\x1b" in output
+        assert "\x1b" not in output
+        assert main([*arguments, "--workers", "1"]) == 0
+        assert fact(capsys.readouterr().out, "done now") == "1"
+
+    def test_a_folder_that_cannot_be_read_is_reported(
+        self,
+        folder: Path,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        (folder / "closed").mkdir()
+        scandir = os.scandir
+
+        def refuse(path: str) -> Any:
+            if path.endswith("closed"):
+                raise PermissionError(13, "Permission denied", path)
+            return scandir(path)
+
+        monkeypatch.setattr(os, "scandir", refuse)
+        db = str(tmp_path / "d.db")
+        assert main(["demo", str(folder), "--db", db, "--workers", "1"]) == 1
+        assert f"Permission denied: '{folder / 'closed'}'" in capsys.readouterr().out
+        assert len(stored_values(Path(db))) == 3
+
+    def test_a_file_replaced_while_it_is_read_is_read_again(
+        self,
+        folder: Path,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        (tmp_path / "new").write_text("new content")
+
+        def replace_once(name: str, flags: int) -> int:
+            descriptor = os.open(name, flags)
+            if name.endswith("b.bin") and (tmp_path / "new").exists():
+                os.replace(tmp_path / "new", name)
+            return descriptor
+
+        monkeypatch.setattr(omniq_sqlite, "_open_regular", replace_once)
+        db = tmp_path / "d.db"
+        arguments = ["demo", str(folder), "--db", str(db), "--workers", "1"]
+        assert main(arguments) == 0
+        assert fact(capsys.readouterr().out, "retries") == "1"
+        assert stored_digests(db) == expected_digests(folder)
+        assert main(arguments) == 0
+        assert fact(capsys.readouterr().out, "done before") == "3"
+
+    def test_a_file_replaced_after_it_was_read_is_done_again(
+        self,
+        folder: Path,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        work = omniq_sqlite._Demo.work
+
+        def replace_at_last(demo: Any, processes: int) -> None:
+            work(demo, processes)
+            if not (folder / "late").exists():
+                (folder / "late").write_text("came late")
+                (folder / "b.bin").unlink()
+                (folder / "b.bin").write_text("another content")
+
+        monkeypatch.setattr(omniq_sqlite._Demo, "work", replace_at_last)
+        db = tmp_path / "d.db"
+        assert main(["demo", str(folder), "--db", str(db), "--workers", "1"]) == 0
+        output = capsys.readouterr().out
+        assert (fact(output, "files"), fact(output, "done now")) == ("4", "4")
+        assert stored_digests(db) == expected_digests(folder)
+
+    def test_a_file_written_to_while_it_is_read_has_no_digest(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(omniq_sqlite, "_DEMO_READ", 4)
+        path = tmp_path / "log"
+        path.write_text("0123456789")
+
+        async def write_meanwhile() -> None:
+            reading = asyncio.create_task(omniq_sqlite._hash_file(str(path)))
+            await asyncio.sleep(0)
+            path.write_text("0123456789 and more")
+            await reading
+
+        with pytest.raises(OSError, match="changed while it was read"):
+            asyncio.run(write_meanwhile())
+
+    def test_the_database_in_the_folder_is_never_opened_as_a_file(
+        self, folder: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        db = folder / "d.db"
+        with SQLiteBackend(db):
+            pass
+        os.link(db, folder / "another name of it")
+        opened: list[str] = []
+
+        def note(name: str, flags: int) -> int:
+            opened.append(name)
+            return os.open(name, flags)
+
+        monkeypatch.setattr(omniq_sqlite, "_open_regular", note)
+        assert main(["demo", str(folder), "--db", str(db), "--workers", "1"]) == 0
+        assert sorted(map(os.path.basename, opened)) == ["a.txt", "b.bin", "c.tar.gz"]
+
+    def test_a_queued_name_that_became_the_database_is_refused(
+        self, tmp_path: Path
+    ) -> None:
+        db = tmp_path / "d.db"
+        with SQLiteBackend(db), omniq_sqlite._in_demo(str(db)):
+            os.link(db, tmp_path / "file")
+            for name in ("d.db", "file"):
+                with pytest.raises(FileNotFoundError, match="no regular"):
+                    asyncio.run(omniq_sqlite._hash_file(str(tmp_path / name)))
+
+    def test_a_name_that_became_a_link_or_a_fifo_is_refused(self, folder: Path) -> None:
+        (folder / "link").symlink_to("a.txt")
+        os.mkfifo(folder / "fifo")
+        for name in ("link", "fifo"):
+            with pytest.raises(FileNotFoundError, match="no regular"):
+                asyncio.run(omniq_sqlite._hash_file(str(folder / name)))
+        with pytest.raises(OSError, match="link"):  # too late for lstat to see
+            omniq_sqlite._open_regular(str(folder / "link"), os.O_RDONLY)
+
+    def test_a_paused_queue_is_said_to_be_paused(
+        self, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        db = str(tmp_path / "d.db")
+        with SQLiteBackend(db) as backend:
+            backend.queue.pause("demo")
+        assert main(["demo", str(folder), "--db", db]) == 2
+        assert "paused" in capsys.readouterr().err
+
+    def test_an_empty_folder_is_done_at_once(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        (tmp_path / "empty").mkdir()
+        db = str(tmp_path / "d.db")
+        assert main(["demo", str(tmp_path / "empty"), "--db", db]) == 0
+        assert fact(capsys.readouterr().out, "files") == "0"
+
+    def test_a_missing_folder_is_an_error(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        db = tmp_path / "d.db"
+        assert main(["demo", str(tmp_path / "none"), "--db", str(db)]) == 2
+        assert "there is no folder" in capsys.readouterr().err
+        assert not db.exists()
+
+    def test_progress_shows_on_a_terminal_only(self, tmp_path: Path) -> None:
+        grow_tree(tmp_path / "tree", 300)
+        with open(tmp_path / "tree" / "sparse", "wb") as file:
+            file.truncate(500_000_000)
+        ours, theirs = pty.openpty()
+        process = subprocess.Popen(
+            shell("demo", "tree", "--db", "d.db", cwd=tmp_path),
+            cwd=tmp_path,
+            env=command_environment(),
+            stdout=subprocess.PIPE,
+            stderr=theirs,
+            text=True,
+        )
+        output, _ = finish(process)
+        os.close(theirs)
+        shown = os.read(ours, 100_000).decode()
+        os.close(ours)
+        assert " of 302 files" in shown
+        assert "files/s" in shown
+        assert " of 302 files" not in output
+
+    @pytest.mark.parametrize("way", ["script", "copy", "entry point", "package"])
+    def test_it_works_however_it_is_started(
+        self, way: str, folder: Path, tmp_path: Path
+    ) -> None:
+        program: tuple[str, ...] = (str(MODULE),)
+        if way == "copy":
+            shutil.copy(MODULE, tmp_path / "queue_tool.py")
+            program = ("queue_tool.py",)
+        elif way == "entry point":
+            (tmp_path / "omniq-sqlite").write_text(
+                "import sys\nfrom omniq_sqlite import main\n"
+                "if __name__ == '__main__':\n    sys.exit(main())\n"
+            )
+            program = ("omniq-sqlite",)
+        elif way == "package":
+            (tmp_path / "app").mkdir()
+            (tmp_path / "app" / "__init__.py").touch()
+            shutil.copy(MODULE, tmp_path / "app" / "tasks.py")
+            program = ("-m", "app.tasks")
+        done = command_call(
+            "demo", folder, "--db", "d.db", "--workers", "2",
+            cwd=tmp_path, program=program,
+        )  # fmt: skip
+        assert (done.returncode, done.stderr) == (0, "")
+        assert stored_digests(tmp_path / "d.db") == expected_digests(folder)
+
+
+# -- worker --
+
+APP = """
+    import {module} as q
+
+    tasks = q.TaskRegistry()
+    not_a_registry = 5
+
+    @tasks.register(name="add")
+    def add(a, b):
+        return [a + b, q.current_task().worker]
+
+    @tasks.register(name="again", max_attempts=2, retry_delay=0.01)
+    def again():
+        if q.current_task().attempt == 1:
+            raise q.Retry(0.01)
+        return "second"
+"""
+
+
+@pytest.fixture
+def app(tmp_path: Path) -> Path:
+    (tmp_path / "app.py").write_text(textwrap.dedent(APP.format(module="omniq_sqlite")))
+    return tmp_path
+
+
+class TestWorker:
+    @pytest.mark.parametrize("processes", ["1", "2"])
+    def test_it_runs_the_tasks_of_a_registry(self, app: Path, processes: str) -> None:
+        with SQLiteBackend(app / "jobs.db") as backend:
+            first = backend.enqueue(Task("add", (1, 2)))
+            second = backend.enqueue(Task("again"))
+            done = command_call(
+                "worker", "jobs.db", "--app", "app:tasks", "--until-empty",
+                "--processes", processes, cwd=app,
+            )  # fmt: skip
+            assert done.returncode == 0, done.stderr
+            assert backend.result(first).value[0] == 3
+            assert backend.result(second).value == "second"
+
+    def test_a_copy_of_the_module_runs_the_tasks_registered_with_it(
+        self, tmp_path: Path
+    ) -> None:
+        (tmp_path / "own").mkdir()
+        (tmp_path / "own" / "__init__.py").touch()
+        shutil.copy(MODULE, tmp_path / "own" / "queueing.py")
+        text = textwrap.dedent(APP.format(module="own.queueing"))
+        (tmp_path / "app.py").write_text(text)
+        with SQLiteBackend(tmp_path / "jobs.db") as backend:
+            task_id = backend.enqueue(Task("add", (1, 2)))
+            arguments = ("worker", "jobs.db", "--app", "app:tasks", "--until-empty")
+            assert command_call(*arguments, "--name", "w", cwd=tmp_path).returncode == 0
+            assert backend.result(task_id).value[0] == 3
+
+    def test_it_stops_after_so_many_tasks_of_the_named_queues(self, app: Path) -> None:
+        with SQLiteBackend(app / "jobs.db") as backend:
+            for queue in ("a", "b", "b", "c"):
+                backend.enqueue(Task("add", (1, 2), queue=queue))
+            done = command_call(
+                "worker", "jobs.db", "--app", "app:tasks", "--queues", "b,a",
+                "--max-tasks", "2", "--concurrency", "1", cwd=app,
+            )  # fmt: skip
+            assert done.returncode == 0, done.stderr
+            left = Counter(task.queue for task in backend.queue.list_tasks())
+        assert left == {"a": 1, "c": 1}
+
+    def test_it_goes_on_logging_events_where_the_file_has_some(self, app: Path) -> None:
+        with SQLiteBackend(app / "jobs.db", events=True) as backend:
+            backend.enqueue(Task("add", (1, 2)))
+        command_call(
+            "worker", "jobs.db", "--app", "app:tasks", "--until-empty", cwd=app
+        )
+        assert sum(count_events(app / "jobs.db", "completed").values()) == 1
+
+    def test_sigterm_ends_it_in_peace(self, app: Path) -> None:
+        process = command_start(
+            "worker", "jobs.db", "--app", "app:tasks", "--processes", "2", cwd=app
+        )
+        with SQLiteBackend(app / "jobs.db") as backend:
+            backend.result(backend.enqueue(Task("add", (1, 2))), timeout=30)
+            process.terminate()
+            _, errors = finish(process, 10)
+        assert process.returncode == 0
+        assert "Traceback" not in errors
+
+    @pytest.mark.parametrize(
+        ("name", "message"),
+        [
+            ("app", "must be MODULE:REGISTRY"),
+            ("nowhere:tasks", "ModuleNotFoundError: No module named 'nowhere'"),
+            ("app:nothing", "has no attribute 'nothing'"),
+            ("app:not_a_registry", "is of type int, not a TaskRegistry"),
+            ("broken:tasks", "ZeroDivisionError: division by zero (broken.py, line 2)"),
+        ],
+    )
+    def test_what_cannot_be_imported_is_one_clear_line(
+        self, app: Path, name: str, message: str
+    ) -> None:
+        (app / "broken.py").write_text("\n1 / 0\n")
+        done = command_call("worker", "jobs.db", "--app", name, cwd=app)
+        assert done.returncode == 2
+        assert is_one_line(done.stderr)
+        assert message in done.stderr
+        assert not (app / "jobs.db").exists()
+
+
+# -- enqueue --
+
+
+class TestCommandEnqueue:
+    def enqueue(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str], *arguments: str
+    ) -> Task:
+        path = str(tmp_path / "jobs.db")
+        assert main(["enqueue", path, *arguments]) == 0
+        with SQLiteBackend(path) as backend:
+            task = backend.queue.get_task(capsys.readouterr().out.strip())
+        assert task is not None
+        return task
+
+    def test_an_argument_is_json_or_else_a_string(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        task = self.enqueue(
+            tmp_path, capsys,
+            "f", "1", "-2.5", "true", "null", '"1"', '{"a": [1]}', "plain", "", "NaN",
+            "__import__('os').getpid()", "[1", "1" * 5_000, "[" * 100_000,
+            "not UTF-8: \udcff",
+        )  # fmt: skip
+        assert task.func == "f"
+        assert task.args == (
+            1, -2.5, True, None, "1", {"a": [1]}, "plain", "", "NaN",
+            "__import__('os').getpid()", "[1", "1" * 5_000, "[" * 100_000,
+            "not UTF-8: \udcff",
+        )  # fmt: skip
+
+    def test_every_term_can_be_given(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        task = self.enqueue(
+            tmp_path, capsys,
+            "f", "x", "--kwargs", '{"size": 3}', "--queue", "mail", "--priority", "-7",
+            "--delay", "60", "--max-attempts", "9", "--retry-delay", "2.5",
+            "--timeout", "30", "--unique-key", "k",
+        )  # fmt: skip
+        assert (task.args, task.kwargs, task.queue) == (("x",), {"size": 3}, "mail")
+        assert (task.priority, task.max_attempts, task.retry_delay) == (-7, 9, 2.5)
+        assert (task.timeout, task.unique_key) == (30.0, "k")
+        assert task.status is TaskStatus.SCHEDULED
+
+    def test_the_holder_of_the_key_is_named(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        path = str(tmp_path / "jobs.db")
+        arguments = ["enqueue", path, "f", "--unique-key", "k"]
+        assert main(arguments) == 0
+        first = capsys.readouterr()
+        assert main(arguments) == 0
+        second = capsys.readouterr()
+        assert first.out == second.out
+        assert first.err == ""
+        assert "nothing added" in second.err
+
+    def test_it_logs_events_where_the_file_has_some(self, jobs: str) -> None:
+        before = sum(count_events(Path(jobs), "enqueued").values())
+        assert main(["enqueue", jobs, "f"]) == 0
+        assert sum(count_events(Path(jobs), "enqueued").values()) == before + 1
+
+    @pytest.mark.parametrize(
+        "wrong",
+        [
+            ["f", "--kwargs", "[1]"],
+            ["f", "--priority", "high"],
+            ["f", "--delay", "-1"],
+            ["f", "--max-attempts", "0"],
+            ["f", "--queue", ""],
+            ["\udcff"],
+            [""],
+            [],
+        ],
+    )
+    def test_a_wrong_value_is_refused(
+        self, tmp_path: Path, wrong: list[str], capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        assert main(["enqueue", str(tmp_path / "jobs.db"), *wrong]) == 2
+        assert "Traceback" not in capsys.readouterr().err
+
+
+# -- stats, list, show, events --
+
+
+class TestStats:
+    def test_it_counts_by_queue_and_status(
+        self, jobs: str, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        assert main(["stats", jobs]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        header, *rows = [line.split() for line in lines if line]
+        counts = {row[0]: dict(zip(header, row, strict=False)) for row in rows}
+        assert counts["bad"]["failed"] == "1"
+        assert counts["default"]["pending"] == "1"
+        assert counts["default"]["scheduled"] == "1"
+        assert {"w1", "w2"} <= set(counts)
+
+    def test_json_has_an_object_for_each_queue_and_worker(
+        self, jobs: str, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        assert main(["stats", jobs, "--json"]) == 0
+        records = lines_of(capsys.readouterr().out)
+        queues = {r["queue"]: r for r in records if r["kind"] == "queue"}
+        assert queues["bad"]["failed"] == 1
+        assert {r["name"] for r in records if r["kind"] == "worker"} == {"w1", "w2"}
+
+    def test_a_file_without_tasks_is_nothing_found(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        with SQLiteBackend(tmp_path / "jobs.db"):
+            pass
+        assert main(["stats", str(tmp_path / "jobs.db")]) == 1
+        assert is_one_line(capsys.readouterr().err)
+
+
+class TestList:
+    @pytest.mark.parametrize(
+        ("filters", "expected"),
+        [
+            ([], ["failed", "waiting", "late"]),
+            (["--queue", "default"], ["waiting", "late"]),
+            (["--status", "failed"], ["failed"]),
+            (["--func", "add"], ["waiting", "late"]),
+            (["--limit", "1", "--offset", "1"], ["waiting"]),
+        ],
+    )
+    def test_it_lists_what_the_filters_let_through(
+        self,
+        jobs: str,
+        filters: list[str],
+        expected: list[str],
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        assert main(["list", jobs, "--json", *filters]) == 0
+        assert [r["id"] for r in lines_of(capsys.readouterr().out)] == expected
+        assert main(["list", jobs, *filters]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        assert [line.split()[0] for line in lines] == ["id", *expected]
+
+    def test_nothing_found_is_status_1(
+        self, jobs: str, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        assert main(["list", jobs, "--queue", "none"]) == 1
+        assert capsys.readouterr().out == ""
+
+    def test_it_says_when_there_are_more(
+        self, jobs: str, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        assert main(["list", jobs, "--limit", "1"]) == 0
+        assert "more than 1" in capsys.readouterr().err
+
+    @pytest.mark.parametrize("columns", [60, 80, 200])
+    def test_the_table_fits_the_terminal(
+        self,
+        tmp_path: Path,
+        columns: int,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        path = str(tmp_path / "jobs.db")
+        with SQLiteBackend(path) as backend:
+            wide = "\N{CJK UNIFIED IDEOGRAPH-6F22}" * 50
+            task_id = backend.enqueue(Task("function" * 9, (wide, "x" * 300)))
+        monkeypatch.setenv("COLUMNS", str(columns))
+        assert main(["list", path]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        assert lines[1].startswith(task_id)
+        assert max(map(omniq_sqlite._columns_of, lines)) <= columns
+
+    def test_without_a_terminal_nothing_is_cut_short_of_200_characters(
+        self,
+        jobs: str,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        monkeypatch.delenv("COLUMNS", raising=False)
+        monkeypatch.setattr(sys, "__stdout__", None)
+        with SQLiteBackend(jobs) as backend:
+            backend.enqueue(Task("f", ("x" * 150,)))
+        assert main(["list", jobs]) == 0
+        assert "x" * 150 in capsys.readouterr().out
+
+
+class TestShow:
+    def test_it_shows_the_whole_life_of_a_task(
+        self, jobs: str, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        assert main(["show", jobs, "failed"]) == 0
+        output = capsys.readouterr().out
+        for part in ("enqueued", "dequeued", "w1", "ValueError", "no luck\\nat all"):
+            assert part in output
+        assert "Traceback (most recent call last)" in output
+        assert "\x1b" not in output
+
+    def test_it_shows_the_payload(
+        self, jobs: str, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        assert main(["show", jobs, "waiting"]) == 0
+        output = capsys.readouterr().out
+        assert "(1, 'two')" in output
+        assert "{'key': [3]}" in output
+
+    def test_a_completed_task_lives_on_in_its_result_and_events(
+        self, jobs: str, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        assert main(["show", jobs, "done", "--json"]) == 0
+        [record] = lines_of(capsys.readouterr().out)
+        assert record["task"] is None
+        assert record["result"]["value"] == {"sum": 3}
+        kinds = [event["type"] for event in record["events"]]
+        assert kinds == ["enqueued", "dequeued", "completed"]
+
+    def test_payloads_in_json_are_as_they_are_stored(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        path = str(tmp_path / "jobs.db")
+        moment = datetime(2026, 1, 31, tzinfo=UTC)
+        with SQLiteBackend(path) as backend:
+            backend.enqueue(Task("f", (b"\xff", moment), run_at=moment, id="t"))
+        assert main(["show", path, "t", "--json"]) == 0
+        [record] = lines_of(capsys.readouterr().out)
+        assert record["task"]["args"] == [
+            {"$bytes": "/w=="},
+            {"$datetime": "2026-01-31T00:00:00+00:00"},
+        ]
+        assert record["task"]["run_at"] == "2026-01-31T00:00:00+00:00"
+
+    def test_a_file_of_results_alone_is_shown_and_gets_no_other_table(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        path = tmp_path / "results.db"
+        with SQLiteResultStorage(path) as results:
+            results.store(TaskResult("t", ResultStatus.SUCCESS, 5))
+        assert main(["show", str(path), "t"]) == 0
+        assert "5" in capsys.readouterr().out
+        with sqlite3.connect(path) as connection:
+            names = connection.execute("SELECT name FROM sqlite_schema").fetchall()
+        connection.close()
+        assert ("omniq_task",) not in names
+
+    def test_an_unknown_task_is_status_1(
+        self, jobs: str, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        assert main(["show", jobs, "unknown"]) == 1
+        assert "no task 'unknown'" in capsys.readouterr().err
+
+
+class TestEvents:
+    def test_it_shows_the_last_ones_in_order(
+        self, jobs: str, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        assert main(["events", jobs, "--json", "--limit", "3"]) == 0
+        kinds = [event["type"] for event in lines_of(capsys.readouterr().out)]
+        assert kinds == ["enqueued", "dequeued", "completed"]
+
+    @pytest.mark.parametrize(
+        ("filters", "count"),
+        [
+            ([], 8),
+            (["--task", "failed"], 3),
+            (["--queue", "default"], 2),
+            (["--type", "failed"], 1),
+            (["--since", "10m"], 8),
+            (["--until", "10m"], 0),
+            (["--since", "2999-01-01"], 0),
+            (["--type", "none"], 0),
+        ],
+    )
+    def test_it_shows_what_the_filters_let_through(
+        self,
+        jobs: str,
+        filters: list[str],
+        count: int,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        assert main(["events", jobs, *filters]) == (0 if count else 1)
+        assert len(capsys.readouterr().out.splitlines()) == count
+
+    def test_a_file_that_holds_no_events_is_an_error(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        with SQLiteBackend(tmp_path / "jobs.db"):
+            pass
+        assert main(["events", str(tmp_path / "jobs.db")]) == 2
+        assert is_one_line(capsys.readouterr().err)
+
+    def test_follow_shows_each_new_event_once_and_ends_at_ctrl_c(
+        self, jobs: str, tmp_path: Path
+    ) -> None:
+        process = command_start(
+            "events", jobs, "--follow", "--json", "--task", "new", "--limit", "5",
+            cwd=tmp_path,
+        )  # fmt: skip
+        with SQLiteBackend(jobs, events=True) as backend:
+            assert backend.events is not None
+            backend.events.log(TaskEvent("custom", "other"))
+            for number in range(20):
+                backend.events.log(TaskEvent(f"n{number}", "new"))
+            assert process.stdout is not None
+            seen: list[str] = []
+            while not seen or seen[-1] != "n19":
+                seen.append(json.loads(process.stdout.readline())["type"])
+            backend.events.log(TaskEvent("last", "new"))
+            assert json.loads(process.stdout.readline())["type"] == "last"
+        assert seen == [f"n{number}" for number in range(20)][-len(seen) :]
+        os.killpg(process.pid, signal.SIGINT)
+        assert finish(process, 5) == ("", "")
+        assert process.returncode == 130
+
+    @pytest.mark.parametrize("text", ["", "x", "10", "10y", "nanm", "1e99d"])
+    def test_an_instant_that_is_none_is_refused(self, jobs: str, text: str) -> None:
+        assert main(["events", jobs, "--since", text]) == 2
+
+    def test_an_instant_without_zone_is_local_time(self) -> None:
+        moment = omniq_sqlite._parse_instant("2026-01-31T12:00")
+        assert moment == datetime(2026, 1, 31, 12).astimezone()
+        age = datetime.now(UTC) - omniq_sqlite._parse_instant("1.5h")
+        assert abs(age - timedelta(hours=1.5)) < timedelta(seconds=60)
+
+
+# -- main --
+
+
+def needs_id(command: str) -> list[str]:
+    return ["some-id"] if command == "show" else []
+
+
+class TestMain:
+    @pytest.mark.parametrize("command", READING)
+    def test_reading_does_not_create_a_missing_file(
+        self, command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        path = tmp_path / "missing.db"
+        assert main([command, str(path), *needs_id(command)]) == 2
+        assert is_one_line(capsys.readouterr().err)
+        assert not path.exists()
+
+    @pytest.mark.parametrize("command", READING)
+    def test_a_file_of_garbage_is_one_clear_line(
+        self, command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        path = tmp_path / "garbage.db"
+        path.write_bytes(b"garbage " * 1_000)
+        assert main([command, str(path), *needs_id(command)]) == 2
+        error = capsys.readouterr().err
+        assert is_one_line(error)
+        assert "not an SQLite database" in error
+
+    @pytest.mark.parametrize("command", READING)
+    def test_a_database_of_somebody_else_stays_as_it_is(
+        self, command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        path = tmp_path / "app.db"
+        connection = sqlite3.connect(path)
+        connection.execute("CREATE TABLE mine (x)")
+        connection.commit()
+        connection.close()
+        before = path.read_bytes()
+        assert main([command, str(path), *needs_id(command)]) == 2
+        error = capsys.readouterr().err
+        assert is_one_line(error)
+        assert "OmniQ" in error
+        assert path.read_bytes() == before
+
+    @pytest.mark.parametrize("command", READING)
+    def test_a_folder_is_one_clear_line(
+        self, command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        assert main([command, str(tmp_path), *needs_id(command)]) == 2
+        assert is_one_line(capsys.readouterr().err)
+
+    @pytest.mark.parametrize("command", ["demo", "worker", "enqueue", *READING])
+    def test_help_has_an_example(
+        self, command: str, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        assert main([command, "--help"]) == 0
+        output = capsys.readouterr().out
+        assert f"example:\n  omniq-sqlite {command} " in output
+        assert ("--json" in output) == (command in READING)
+
+    def test_help_lists_the_commands(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert main(["--help"]) == 0
+        output = capsys.readouterr().out
+        assert all(command in output for command in ["demo", "worker", *READING])
+
+    def test_it_tells_its_version(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert main(["--version"]) == 0
+        assert capsys.readouterr().out.strip() == omniq_sqlite.__version__
+
+    @pytest.mark.parametrize("wrong", [[], ["none"], ["stats"], ["list", "f", "--x"]])
+    def test_wrong_usage_is_status_2(
+        self, wrong: list[str], capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        assert main(wrong) == 2
+        assert "usage:" in capsys.readouterr().err
+
+    def test_an_interrupt_is_quiet(
+        self,
+        jobs: str,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        def interrupt(path: str) -> frozenset[str]:
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(omniq_sqlite, "_components", interrupt)
+        assert main(["stats", jobs]) == 130
+        assert capsys.readouterr() == ("", "")
+
+    def test_a_mistake_of_ours_is_one_line_too(
+        self,
+        jobs: str,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        def fail(path: str) -> frozenset[str]:
+            raise TypeError("wrong\n\x1btype")
+
+        monkeypatch.setattr(omniq_sqlite, "_components", fail)
+        assert main(["stats", jobs]) == 2
+        assert capsys.readouterr().err == "omniq-sqlite: TypeError: wrong\\n\\x1btype\n"
+
+    def test_a_reader_that_leaves_early_is_no_error(self, tmp_path: Path) -> None:
+        with SQLiteBackend(tmp_path / "jobs.db") as backend:
+            backend.enqueue_many(Task("f", ("x" * 900,)) for _ in range(2_000))
+        process = command_start(
+            "list", "jobs.db", "--json", "--limit", "2000", cwd=tmp_path
+        )
+        assert process.stdout is not None
+        assert process.stdout.readline().startswith("{")
+        process.stdout.close()
+        assert process.stderr is not None
+        errors = process.stderr.read()
+        process.stderr.close()
+        assert process.wait(20) == 0
+        assert errors == ""
+
+    @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+    def test_a_full_disk_is_one_clear_line(self, jobs: str, tmp_path: Path) -> None:
+        with open("/dev/full", "w") as full:
+            done = subprocess.run(
+                shell("stats", jobs, cwd=tmp_path),
+                stdout=full,
+                stderr=subprocess.PIPE,
+                env=command_environment(),
+                text=True,
+                timeout=20,
+                check=False,
+            )
+        assert done.returncode == 2
+        assert is_one_line(done.stderr)
+
+    def test_it_writes_to_a_terminal_of_another_encoding(self, tmp_path: Path) -> None:
+        with SQLiteBackend(tmp_path / "jobs.db") as backend:
+            backend.enqueue(Task("\N{SNOWMAN}"))
+        done = subprocess.run(
+            shell("list", "jobs.db", cwd=tmp_path),
+            cwd=tmp_path,
+            env={**command_environment(), "PYTHONIOENCODING": "ascii", "COLUMNS": "60"},
+            capture_output=True,
+            timeout=20,
+            check=True,
+        )
+        assert b"\\u2603" in done.stdout
+
+    def test_printable_escapes_what_a_terminal_would_act_on(self) -> None:
+        text = "a b\N{SNOWMAN}\n\t\x1b[0m\x9b\udcff\ud800\u202e\u2028\0"
+        expected = "a b\N{SNOWMAN}\\n\\t\\x1b[0m\\x9b\\xff\\ud800\\u202e\\u2028\\x00"
+        assert omniq_sqlite._printable(text) == expected
+
+
+# =============================================================================
+# Documentation
+# =============================================================================
+#
+# README's blocks run as they stand: those of a section one after the other in
+# one child process and one empty folder. A block that begins with `# name.py`
+# is that file, for its section and all later ones. A `text` block is what the
+# Python blocks above it print. A section with `await` runs inside a loop, as in
+# a notebook. A shell line marked `# until Ctrl-C` runs beside what follows it.
+
+ROOT = Path(__file__).resolve().parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+# Runs the blocks of one section, given as JSON `[language, line, text]`.
+BLOCK_RUNNER = r"""
+import ast, asyncio, contextlib, importlib, inspect, io, json, shlex, shutil, signal
+import subprocess, sys
+from pathlib import Path
+
+namespace = {"__name__": "__main__"}
+printed = io.StringIO()
+beside = []
+
+
+async def run_python(line, text):
+    code = compile(
+        "\n" * line + text, "README.md", "exec", ast.PyCF_ALLOW_TOP_LEVEL_AWAIT
+    )
+    with contextlib.redirect_stdout(printed):
+        outcome = eval(code, namespace)
+        if inspect.iscoroutine(outcome):
+            await outcome
+
+
+def run_shell(text):
+    for command in text.splitlines():
+        words = shlex.split(command, comments=True)
+        if not words or (words[0] == "sqlite3" and shutil.which("sqlite3") is None):
+            continue
+        if command.endswith("# until Ctrl-C"):
+            beside.append(subprocess.Popen(words))
+        else:
+            subprocess.run(words, check=True, timeout=30)
+
+
+async def run(blocks):
+    for language, line, text in blocks:
+        if language == "python":
+            await run_python(line, text)
+        elif language == "sh":
+            run_shell(text)
+        else:
+            shown = printed.getvalue()
+            assert shown == text, f"README.md:{line} shows {text!r}, not {shown!r}"
+            printed.seek(0)
+            printed.truncate()
+
+
+def end_what_runs_beside():
+    for process in beside:
+        process.send_signal(signal.SIGINT)
+    for process in beside:
+        assert process.wait(timeout=20) in (0, 130), process.args
+
+
+blocks = json.loads(sys.argv[1])
+try:
+    if any("await " in text and "def " not in text for _, _, text in blocks):
+        asyncio.run(run(blocks))
+    else:
+        try:
+            run(blocks).send(None)  # no loop: nothing in it waits
+        except StopIteration:
+            pass
+finally:
+    end_what_runs_beside()
+"""
+
+# What `pip install` makes of the script's entry point, without its folder.
+CONSOLE_SCRIPT = """\
+#!/bin/sh
+exec {python} -P -c 'import sys, omniq_sqlite; sys.exit(omniq_sqlite.main())' "$@"
+"""
+
+# Runs the Python blocks, given as JSON, as the cells of a notebook.
+NOTEBOOK_RUNNER = r"""
+import json, sys
+import nbclient, nbformat
+
+cells = [nbformat.v4.new_code_cell(text) for text in json.loads(sys.argv[1])]
+notebook = nbformat.v4.new_notebook(cells=cells)
+nbclient.NotebookClient(notebook, timeout=40, kernel_name="python3").execute()
+for cell in notebook.cells:
+    for output in cell.outputs:
+        print(output["text"], end="")
+"""
+
+
+@dataclass
+class Section:
+    """A second-level heading with the fenced blocks below it."""
+
+    title: str
+    blocks: list[tuple[str, int, str]] = field(default_factory=list)
+
+    @property
+    def files(self) -> dict[str, str]:
+        """Blocks that name the file that they are."""
+        named = (re.match(r"# (\w+\.py)\n", text) for _, _, text in self.blocks)
+        return {match[1]: match.string for match in named if match is not None}
+
+
+def read_sections(markdown: str) -> list[Section]:
+    sections = [Section("")]
+    language = ""
+    start = 0
+    inside: list[str] | None = None
+    for number, line in enumerate(markdown.splitlines(), start=1):
+        if inside is not None:
+            if line == "```":
+                text = "\n".join(inside) + "\n"
+                sections[-1].blocks.append((language, start, text))
+                inside = None
+            else:
+                inside.append(line)
+        elif line.startswith("```"):
+            language, start, inside = line[3:], number, []
+        elif line.startswith("## "):
+            sections.append(Section(line[3:]))
+    assert inside is None, "a block is not closed"
+    return sections[1:]
+
+
+SECTIONS = read_sections(README)
+RUNNABLE = [section for section in SECTIONS if section.title != "Set up"]
+
+
+def child_environment(folder: Path) -> dict[str, str]:
+    """Return an environment with our console script on PATH and this module."""
+    folder.mkdir()
+    script = folder / "omniq-sqlite"
+    script.write_text(CONSOLE_SCRIPT.format(python=sys.executable))
+    script.chmod(0o755)
+    (folder / "python").symlink_to(sys.executable)
+    return {
+        **os.environ,
+        "PATH": f"{folder}{os.pathsep}{os.environ['PATH']}",
+        "PYTHONPATH": str(ROOT),
+    }
+
+
+def find_section(title: str) -> Section:
+    [section] = [section for section in SECTIONS if section.title == title]
+    return section
+
+
+def document_run_child(
+    section: Section, tmp_path: Path, program: str, argument: object
+) -> str:
+    """Run `program` beside the files that `section` knows; return what it prints."""
+    place = tmp_path / "place"
+    place.mkdir()
+    for earlier in SECTIONS[: SECTIONS.index(section) + 1]:
+        for name, text in earlier.files.items():
+            (place / name).write_text(text, encoding="utf-8")
+    outcome = subprocess.run(
+        [sys.executable, "-c", program, json.dumps(argument)],
+        cwd=place,
+        env=child_environment(tmp_path / "bin"),
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert outcome.returncode == 0, outcome.stdout + outcome.stderr
+    return outcome.stdout
+
+
+class TestReadme:
+    @pytest.mark.parametrize(
+        "section",
+        [section for section in RUNNABLE if section.blocks],
+        ids=lambda section: section.title,
+    )
+    def test_blocks_of_a_section_run_as_they_stand(
+        self, section: Section, tmp_path: Path
+    ) -> None:
+        if any("fastapi" in text for _, _, text in section.blocks):
+            pytest.importorskip("fastapi")
+        document_run_child(section, tmp_path, BLOCK_RUNNER, section.blocks)
+
+    def test_every_block_has_a_language_that_runs(self) -> None:
+        languages = {language for s in SECTIONS for language, _, _ in s.blocks}
+        assert languages == {"python", "sh", "text"}
+
+    def test_set_up_is_two_commands_and_the_second_is_what_ci_runs(self) -> None:
+        assert SECTIONS[0].title == "Set up"
+        [(_, _, demo), (_, _, tests)] = SECTIONS[0].blocks
+        prefix = "python3 -m venv .venv && .venv/bin/pip install "
+        assert demo == prefix + ". && .venv/bin/omniq-sqlite demo .\n"
+        assert tests.startswith(prefix)
+        command = tests.rpartition(" && .venv/bin/")[2].strip()
+        ci = (ROOT / ".ci/run").read_text(encoding="utf-8")
+        assert re.findall(r"^ *run (python .*)$", ci, re.MULTILINE) == [command] * 3
+
+    def test_the_table_of_contents_leads_to_every_section(self) -> None:
+        contents = README.partition("**Contents:**")[2].partition("\n\n")[0]
+        links = re.findall(r"\[(.+)\]\(#(.+)\)", contents)
+        titles = [section.title for section in SECTIONS]
+        assert links == [(t, t.lower().replace(" ", "-")) for t in titles]
+
+    def test_links_inside_the_page_lead_somewhere(self) -> None:
+        anchors = {s.title.lower().replace(" ", "-") for s in SECTIONS}
+        assert set(re.findall(r"\]\(#([^)]+)\)", README)) == anchors
+
+    def test_every_error_has_its_cure(self) -> None:
+        row = re.compile(r"^\| `(\w+)` \| (?:`(\w+)`)? ?\|", re.MULTILINE)
+        listed = dict(row.findall(README))
+        errors = {
+            name: ", ".join(
+                base.__name__
+                for base in value.__bases__
+                if not issubclass(base, omniq_sqlite.OmniQError)
+            )
+            for name in omniq_sqlite.__all__
+            if isinstance(value := getattr(omniq_sqlite, name), type)
+            and issubclass(value, omniq_sqlite.OmniQError)
+            and value is not omniq_sqlite.OmniQError
+        }
+        assert listed == errors
+
+    def test_the_changelog_begins_with_this_version(self) -> None:
+        changelog = README.partition("\n## Changelog\n")[2]
+        versions = re.findall(r"^### (\S+)$", changelog, re.MULTILINE)
+        assert versions[0] == omniq_sqlite.__version__
+
+    def test_the_web_handler_counts_words(self, tmp_path: Path) -> None:
+        pytest.importorskip("fastapi")
+        pytest.importorskip("httpx")
+        section = find_section("In a web handler")
+        check = """
+import asyncio
+from httpx import ASGITransport, AsyncClient
+from jobs import tasks
+from omniq_sqlite import AsyncWorker
+
+async def visit():
+    transport = ASGITransport(app)
+    client = AsyncClient(transport=transport, base_url="http://shop")
+    async with lifespan(app), client:
+        answer = await client.post("/counts", params={"text": "a b c"})
+        assert answer.status_code == 202
+        page = f"/counts/{answer.json()['id']}"
+        answer = (await client.get(page)).json()
+        assert answer == {"status": "pending", "words": None}, answer
+        await AsyncWorker(backend, tasks).run(until_empty=True, signals=False)
+        answer = (await client.get(page)).json()
+        assert answer == {"status": "completed", "words": 3}, answer
+        assert (await client.get("/counts/unknown")).status_code == 404
+
+asyncio.run(visit())
+"""
+        blocks = [*section.blocks, ("python", 0, check)]
+        document_run_child(section, tmp_path, BLOCK_RUNNER, blocks)
+
+    def test_the_serializer_takes_pydantic_as_the_page_says(
+        self, tmp_path: Path
+    ) -> None:
+        pytest.importorskip("pydantic")
+        section = find_section("Your own types")
+        (_, _, program), (_, _, shown) = section.blocks
+        for before, after in (
+            ("import dataclasses\n", "import pydantic\n"),
+            (
+                "@dataclasses.dataclass\nclass Order:",
+                "class Order(pydantic.BaseModel):",
+            ),
+            ("dataclasses.asdict(value)", 'value.model_dump(mode="json")'),
+            ("self.types[name](**value)", "self.types[name].model_validate(value)"),
+            (
+                "dataclasses.replace(order, count=2 * order.count)",
+                "order.model_copy(update={'count': 2 * order.count})",
+            ),
+            ('Order("lamp", 2)', 'Order(item="lamp", count=2)'),
+            ("result(task_id).value)", "result(task_id).value.__repr__())"),
+        ):
+            assert before in program
+            program = program.replace(before, after)
+        blocks = [("python", 0, program), ("text", 0, shown)]
+        document_run_child(section, tmp_path, BLOCK_RUNNER, blocks)
+
+    def test_the_notebook_section_runs_in_a_kernel(self, tmp_path: Path) -> None:
+        pytest.importorskip("nbclient")
+        pytest.importorskip("ipykernel")
+        section = find_section("In a notebook")
+        cells = [text for language, _, text in section.blocks if language == "python"]
+        [shown] = [text for language, _, text in section.blocks if language == "text"]
+        assert document_run_child(section, tmp_path, NOTEBOOK_RUNNER, cells) == shown
+
+
+class TestLimits:
+    def test_under_trio_opening_says_what_to_use(self, tmp_path: Path) -> None:
+        trio = pytest.importorskip("trio")
+
+        async def open_queue() -> None:
+            async with omniq_sqlite.AsyncSQLiteQueue(tmp_path / "jobs.db"):
+                pass
+
+        with pytest.raises(RuntimeError, match=r"under trio .* use the blocking twin"):
+            trio.run(open_queue)
+
+
+class TestExamples:
+    def test_compress_makes_a_copy_of_each_file(self, tmp_path: Path) -> None:
+        folder = tmp_path  # the database stands among the files
+        for number in range(5):
+            (folder / f"{number}.txt").write_text(f"text {number}\n" * 100)
+        outcome = subprocess.run(
+            [sys.executable, ROOT / "examples/compress.py", "."],
+            cwd=tmp_path,
+            env=child_environment(tmp_path / "bin"),
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+        assert outcome.returncode == 0, outcome.stderr
+        assert outcome.stdout.startswith("5 files, 3500 bytes before, ")
+        for number in range(5):
+            packed = (folder / f"{number}.txt.gz").read_bytes()
+            assert gzip.decompress(packed) == f"text {number}\n".encode() * 100
