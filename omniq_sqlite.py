@@ -201,7 +201,7 @@ DEFAULT_EVENT_RETENTION = 30 * 86_400.0
 DEFAULT_READERS = 4
 """Read connections of one object at the most; opened when first needed."""
 
-POLL_INTERVAL = 0.005
+POLL_INTERVAL = 0.006
 """Seconds between two looks for other processes' commits while waiting."""
 
 MAX_RETRY_DELAY = 3600.0
@@ -4824,7 +4824,7 @@ class AsyncSQLiteQueue(_AsyncStorage):
         return status
 
     async def release(self, task: Task, *, delay: float = 0.0) -> None:
-        """Give a task back unharmed, for `delay` seconds; the attempt is not counted.
+        """Give a task back for `delay` seconds; the attempt is not counted.
 
         Raises: `LeaseLostError` when the claim is no longer yours.
         """
@@ -5937,7 +5937,7 @@ class SQLiteQueue(_Twin[AsyncSQLiteQueue]):
         return self._run(self._async.fail, task, error, retry=retry, delay=delay)
 
     def release(self, task: Task, *, delay: float = 0.0) -> None:
-        """Give a task back unharmed, for `delay` seconds; the attempt is not counted."""
+        """Give a task back for `delay` seconds; the attempt is not counted."""
         return self._run(self._async.release, task, delay=delay)
 
     def extend(
@@ -6316,14 +6316,14 @@ class AsyncSQLiteBackend(_AsyncStorage):
         self._closable: list[_AsyncStorage] = []
         life, kept = {"ttl": result_ttl}, {"retention": event_retention}
         self._events: AsyncEventStorage | None = self._make(
-            AsyncSQLiteEventStorage, events, "log_many", self._options(**kept)
+            AsyncSQLiteEventStorage, "events", events, self._options(**kept)
         )
         self._results: AsyncResultStorage | None = self._make(
-            AsyncSQLiteResultStorage, results, "store", self._options(**life)
+            AsyncSQLiteResultStorage, "results", results, self._options(**life)
         )
         options = self._options(retention=retention, events=self._events)
         self._queue: AsyncTaskQueue = self._make(
-            AsyncSQLiteQueue, queue, "dequeue_many", options
+            AsyncSQLiteQueue, "queue", queue, options
         )
 
     # -- Parts --
@@ -6348,7 +6348,7 @@ class AsyncSQLiteBackend(_AsyncStorage):
         names = (*_SHARED_OPTIONS, "serializer")
         return {name: self._arguments[name] for name in names} | more
 
-    def _make(self, cls: Any, where: Any, method: str, options: dict[str, Any]) -> Any:
+    def _make(self, cls: Any, name: str, where: Any, options: dict[str, Any]) -> Any:
         """Return a part: on our file, on a file of its own, or the object given."""
         if where is None or where is False:
             return None
@@ -6357,7 +6357,7 @@ class AsyncSQLiteBackend(_AsyncStorage):
         if isinstance(where, (str, os.PathLike)):
             self._closable.append(cls(where, **options))
             return self._closable[-1]
-        return _check_part(where, cls, method)
+        return _check_part(where, name)
 
     def _use_directly(self) -> None:
         """Let a blocking twin drive this object and all its parts."""
@@ -6715,17 +6715,20 @@ def _share(original: _Shared) -> _Shared:
     return shared
 
 
-def _check_part(part: object, cls: type[_AsyncStorage], method: str) -> object:
+_PART_METHODS = {"queue": "dequeue_many", "results": "store", "events": "log_many"}
+
+
+def _check_part(part: object, name: str) -> object:
     """Return a ready object that was passed as a part, if it is async."""
+    method = _PART_METHODS[name]
     function = getattr(part, method, None)
     if function and (
         inspect.iscoroutinefunction(function) or isinstance(part, _Unblocked)
     ):
         return part
-    name = {AsyncSQLiteEventStorage: "events", AsyncSQLiteResultStorage: "results"}
     raise TypeError(
-        f"{name.get(cls, 'queue')} must be True, a path or an object of the same kind"
-        f" (async or blocking) with {method}(), not {type(part).__name__}"
+        f"{name} must be True, a path or an object of the same kind (async or"
+        f" blocking) with {method}(), not {type(part).__name__}"
     )
 
 
@@ -7439,21 +7442,13 @@ class _Threads:
                 run.outcome = _Outcome(run.call())
             except BaseException as error:  # noqa: BLE001 -- SystemExit is a failure too
                 run.outcome = _judge(error)
-            self._leave(run)
-        except TaskTimeout as error:  # between the function's last line and here
+            # A thread that was interrupted raises as soon as it goes on, so after
+            # this line nothing is left to be raised in what it does next.
+            run.thread = None
+        except TaskTimeout as error:  # while another error was looked at
+            run.thread = None
             run.outcome = run.outcome or _judge(error)
-            self._leave(run)
         _name_timeout(run)
-
-    def _leave(self, run: _Run) -> None:
-        run.thread = None
-        if run.interrupt_at == math.inf and run.task.timeout is not None:
-            import ctypes  # here, because it is rare and costs import time
-
-            # Takes back a timeout that was raised too late to be delivered.
-            ctypes.pythonapi.PyThreadState_SetAsyncExc(
-                ctypes.c_ulong(threading.get_ident()), None
-            )
 
     def interrupt(self, run: _Run) -> bool:
         """Raise `TaskTimeout` in the thread of `run`; False: not at this moment."""
@@ -7788,7 +7783,6 @@ class _Shift:
                 async with asyncio.timeout(0.05):
                     await self._changed.wait()
             return []
-        await self._worker.backend.cleanup()  # settles what expired meanwhile
         if await self._is_empty():
             return None
         return await self._dequeue_within(limit, 0.5)
@@ -7854,7 +7848,7 @@ class _Shift:
         """Start a run whose lease may have ended, if it is still ours."""
         try:
             await self._worker.backend.queue.extend(run.task, self._worker.lease)
-        except (Exception, asyncio.CancelledError) as error:
+        except (Exception, asyncio.CancelledError) as error:  # noqa: BLE001
             self._warn(run, "is left to its lease: %s", error)
             self._runs.discard(run)
             self._free_slot()
