@@ -57,7 +57,6 @@ import json
 import logging
 import math
 import os
-import pickle
 import queue
 import random
 import re
@@ -70,7 +69,6 @@ import sys
 import threading
 import time
 import traceback
-import unicodedata
 import urllib.parse
 import weakref
 from collections import deque
@@ -85,7 +83,7 @@ from collections.abc import (
     Sequence,
 )
 from contextlib import AbstractAsyncContextManager, AbstractContextManager
-from dataclasses import KW_ONLY, dataclass, field, fields, replace
+from dataclasses import KW_ONLY, dataclass, field, fields, is_dataclass, replace
 from datetime import UTC, date, datetime, timedelta
 from datetime import time as time_of_day
 from decimal import Decimal
@@ -97,7 +95,6 @@ from typing import (
     TYPE_CHECKING,
     Any,
     Generic,
-    NamedTuple,
     ParamSpec,
     Protocol,
     Self,
@@ -110,7 +107,6 @@ from typing import (
 from uuid import UUID
 
 import aiosqlite
-import anyio
 
 if TYPE_CHECKING:
     import argparse
@@ -244,7 +240,8 @@ class StorageClosedError(OmniQError, RuntimeError):
     """The object was closed; make a new one.
 
     Also raised in a child that was forked in the middle of an operation of the
-    forking thread (a signal handler that forks): make a new object there.
+    forking thread (a signal handler that forks): such a child cannot use the
+    file; let it exec or exit.
     """
 
     def __init__(self, path: str, reason: str = "it was closed") -> None:
@@ -550,7 +547,7 @@ def _show(value: object) -> str:
     """Return a short `repr`, also of what has none."""
     try:
         return _shorten(repr(value), 100)
-    except Exception as error:  # noqa: BLE001 -- whatever a foreign repr raises
+    except Exception as error:
         return f"a {type(value).__name__} without a repr ({type(error).__name__})"
 
 
@@ -581,7 +578,7 @@ def new_id() -> str:
     random bits (RFC 9562, section 6.2, method 1). A clock that steps back does
     not make ids descend: they go on from the last one.
     """
-    global _last_id  # noqa: PLW0603 -- one counter for the process
+    global _last_id
     random_bits = int.from_bytes(os.urandom(10))
     candidate = (time.time_ns() // 1_000_000) << 74 | random_bits >> 6
     with _id_lock:
@@ -787,7 +784,6 @@ class Finding:
 # What a worker and a backend rely on. Another engine that has these methods can
 # stand in for the SQLite one; parameters mean what the classes below say.
 
-# ruff: disable[D102]
 
 QueueNames = str | Sequence[str]
 
@@ -1102,9 +1098,6 @@ class Backend(Protocol):
     def result(self, task_id: str, *, timeout: float | None = None) -> TaskResult: ...
     def cleanup(self) -> dict[str, int]: ...
     def close(self) -> None: ...
-
-
-# ruff: enable[D102]
 
 
 # =============================================================================
@@ -2319,7 +2312,7 @@ def _filesystem_of(path: str, mounts: str) -> str:
         fields = left.split(" ")
         if len(fields) < 5 or not right:
             continue
-        point = fields[4].encode().decode("unicode_escape", "replace")
+        point = re.sub(r"\\([0-7]{3})", lambda m: chr(int(m[1], 8)), fields[4])
         inside = path == point or path.startswith(point.rstrip("/") + "/")
         if inside and len(point) >= len(best):
             best, found = point, right.split(" ")[0]
@@ -2342,7 +2335,7 @@ def _network_filesystem(path: str) -> str | None:
             mounts += f"0 0 0 / {point} - {options.split(',')[0].rstrip(')')}\n"
     else:
         try:
-            mounts = Path("/proc/self/mountinfo").read_text(errors="surrogateescape")
+            mounts = os.fsdecode(Path("/proc/self/mountinfo").read_bytes())
         except OSError:
             return None
     name = _filesystem_of(real, mounts)
@@ -2419,10 +2412,17 @@ class _Operation(Generic[T]):
     """A write: `run` inside a transaction, perhaps again after a rollback."""
 
     def __init__(
-        self, run: Callable[[sqlite3.Connection], T], *, flush: bool = True
+        self,
+        run: Callable[[sqlite3.Connection], T],
+        *,
+        flush: bool = True,
+        savepoint: bool = True,
     ) -> None:
         self.run = run
         self.flush = flush  # whether it must outlive a power cut once acknowledged
+        # Whether it may fail with an error of ours after it has changed something.
+        # An operation whose first statement decides does without (a quarter less).
+        self.savepoint = savepoint
 
     def look(self, connection: sqlite3.Connection) -> bool:
         """Read before the transaction; `False`: nothing to write, take `idle()`."""
@@ -2519,9 +2519,10 @@ class _Pool:
 
     def discard(self) -> None:
         """Close the connection that this thread uses; the next one is new."""
-        connection = self.used[threading.get_ident()]
-        self.used[threading.get_ident()] = None
+        ident = threading.get_ident()
+        connection = self.used.get(ident)
         if connection is not None:
+            self.used[ident] = None
             self.database.disconnect(connection)
 
     def close(self) -> None:
@@ -2532,11 +2533,12 @@ class _Pool:
     def reset(self) -> None:
         """In a forked child: forget what other threads used, they are not here."""
         ident = threading.get_ident()
-        self.used = {i: c for i, c in self.used.items() if i == ident}
-        if self.used and not self.database.memory:
-            connection = self.used[ident]
-            self.database.leave_alone(connection)
-            self.used.clear()
+        mine = self.used.get(ident)
+        self.used = {}
+        if mine is not None and self.database.memory:
+            self.used[ident] = mine  # a copy of the parent's
+        elif mine is not None:
+            self.database.leave_alone(mine)
 
 
 class _Bell:
@@ -2598,7 +2600,7 @@ class _Bell:
         try:
             changed = not self.database.memory and self._version_moved()
             now = self.database.options.clock()
-        except Exception:  # noqa: BLE001 (whoever looks gets the error)
+        except Exception:
             changed, now = True, 0.0
         if changed:
             self.ring()
@@ -2646,6 +2648,7 @@ class _Database:
         self.identity: tuple[int, int] | None = None
         self.closed_reason: str | None = None
         self.ended = False  # closed, and what was begun before has ended, too
+        self.generation = 0  # of processes: a forked child is the next one
         self.commits_since_checkpoint = 0
         self.wal_size = 0
         self.synchronous: tuple[sqlite3.Connection | None, str] = (None, "")
@@ -2661,6 +2664,7 @@ class _Database:
 
     def reset(self) -> None:
         """Begin with new locks and nothing under way: at first, and in a child."""
+        self.generation += 1
         self.gate = threading.Condition(threading.RLock())
         self.resting = False
         self.queue_lock = threading.Lock()
@@ -2928,7 +2932,7 @@ class _Database:
                     group = self._look(connection)
                     if not group or self._commit(connection, group):
                         break
-            except Exception as error:  # noqa: BLE001 (it is everybody's outcome)
+            except Exception as error:
                 self._refuse(group or list(self.pending), error)
                 break
             since = group[0].since
@@ -2963,7 +2967,7 @@ class _Database:
             if request.operation.look(connection):
                 return True
             request.result = request.operation.idle()
-        except Exception as error:  # noqa: BLE001 (it is the caller's outcome)
+        except Exception as error:
             if _is_busy(error):
                 return True  # the transaction will tell
             self._set_error(request, error)
@@ -3001,14 +3005,16 @@ class _Database:
         except sqlite3.Error as error:
             self._roll_back(connection)
             self._break_up(group, error)
-        except BaseException:
-            # An interrupt or an exception that another thread threw at this one.
+        except BaseException as error:
+            # A mistake of an operation, an interrupt, or an exception that another
+            # thread threw at this one, which may be anywhere.
             if self.committing and not connection.in_transaction:
                 self._finish(group)
             else:
                 self._roll_back(connection)
-                self._put_back(group)
-            raise
+                self._break_up(group, error)
+            if not isinstance(error, Exception):
+                raise
         finally:
             self.committing = False
         return True
@@ -3025,17 +3031,17 @@ class _Database:
         except sqlite3.Error as error:
             if _is_busy(error):
                 return False
-            raise self.translate(error) from error
+            raise
         return True
 
     def _run_group(
         self, connection: sqlite3.Connection, group: list[_Request[Any]], flush: bool
     ) -> None:
         started = time.monotonic()
-        savepoint = len(group) > 1
+        alone = len(group) == 1
         ran = 0
         for request in group:
-            self._run_one(connection, request, savepoint=savepoint)
+            self._run_one(connection, request, alone=alone)
             ran += 1
             if time.monotonic() - started > _MAX_GROUP_SECONDS:
                 break
@@ -3053,15 +3059,18 @@ class _Database:
             self._finish(group)
 
     def _run_one(
-        self, connection: sqlite3.Connection, request: _Request[Any], *, savepoint: bool
+        self, connection: sqlite3.Connection, request: _Request[Any], *, alone: bool
     ) -> None:
+        savepoint = request.operation.savepoint and not alone
         try:
             if savepoint:
                 connection.execute("SAVEPOINT omniq")
             request.result = request.operation.run(connection)
         except Exception as error:
-            if not connection.in_transaction:
-                raise  # SQLite ended the whole transaction (a full disk does that)
+            # SQLite may have ended the whole transaction (a full disk does that).
+            clean = savepoint or alone or isinstance(error, OmniQError)
+            if not clean or not connection.in_transaction:
+                raise
             self._set_error(request, error)
             if savepoint:
                 connection.execute("ROLLBACK TO omniq")
@@ -3090,15 +3099,17 @@ class _Database:
         except sqlite3.Error:
             self.writer.discard()
 
-    def _break_up(self, group: list[_Request[Any]], error: sqlite3.Error) -> None:
-        """The transaction failed: run each alone, so that each gets its own error."""
-        if len(group) == 1:
+    def _break_up(self, group: list[_Request[Any]], error: BaseException) -> None:
+        """Run each alone after a failed transaction: each gets its own error."""
+        if isinstance(error, Exception) and not any(r.taken for r in group):
+            self._refuse(group, error)  # it did not even begin
+        elif isinstance(error, Exception) and len(group) == 1:
             self._set_error(group[0], error)
             self._deliver(group)
-            return
-        for request in group:
-            request.alone = True
-        self._put_back(group)
+        else:
+            for request in group:
+                request.alone = True
+            self._put_back(group)
 
     def _finish(self, group: list[_Request[Any]]) -> None:
         """Tell everybody what was committed, unless the file was replaced."""
@@ -3112,11 +3123,13 @@ class _Database:
         self._deliver(group)
 
     def _refuse(self, group: list[_Request[Any]], error: BaseException) -> None:
-        """The database cannot be used: that is everybody's outcome."""
+        """Tell everybody that the database cannot be used."""
         self._take(group)
+        translated = self.translate(error)
+        cause = error.__cause__ if translated is error else error
         for request in group:  # each its own: raising one changes its traceback
-            request.error = copy.copy(self.translate(error))
-            request.error.__cause__ = error.__cause__
+            request.error = copy.copy(translated)
+            request.error.__cause__ = cause
         self._deliver(group)
 
     def _refuse_late(self, group: list[_Request[Any]]) -> None:
@@ -3198,21 +3211,20 @@ class _Database:
             thread.stop()
             self.threads.remove(thread)
 
-    def leave_alone(self, connection: sqlite3.Connection | None) -> None:
+    def leave_alone(self, connection: sqlite3.Connection) -> None:
         """In a child that was forked inside an operation: never use it again.
 
         The connection believes that it holds locks, but they are the parent's:
         to go on with it, or to close it, would damage the file. So every further
         statement is refused, and it is kept for ever.
         """
-        self.closed_reason = "the process was forked inside an operation"
-        self.ended = True
-        if connection is not None:
-            import ctypes  # noqa: PLC0415 (rare; costs import time)
+        import ctypes  # rare; costs import time
 
-            self.connections.discard(connection)
-            connection.set_authorizer(lambda *_: sqlite3.SQLITE_DENY)
-            ctypes.pythonapi.Py_IncRef(ctypes.py_object(connection))
+        self.closed_reason = _FORKED
+        self.ended = True
+        self.connections.discard(connection)
+        connection.set_authorizer(lambda *_: sqlite3.SQLITE_DENY)
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(connection))
 
     def shut(self, timeout: float) -> None:
         """Refuse what comes, and close once what was begun has ended."""
@@ -3239,6 +3251,8 @@ class _Database:
     def _is_busy(self) -> bool:
         return bool(self.pending) or any(pool.used for pool in self.pools)
 
+
+_FORKED = "the process was forked inside an operation"
 
 _SYNCHRONOUS = {
     name: f"PRAGMA synchronous = {name}" for name in ("OFF", "NORMAL", "FULL", "EXTRA")
@@ -3556,10 +3570,14 @@ class _DirectGateway:
         into this thread; the second `finally` covers one that hits the first.
         """
         database = self.database
+        generation = database.generation
         try:
             try:
                 database.enlist(request)
                 while not request.done:
+                    if database.generation != generation:
+                        request.done = True
+                        raise StorageClosedError(database.path, _FORKED)
                     if database.leader is request:
                         database.serve()
                     else:
@@ -3574,11 +3592,12 @@ class _DirectGateway:
         interrupts = _recorded()
         if interrupts is None:
             event.wait()
-        elif not event.wait(_INTERRUPT_INTERVAL) and interrupts.pending:
-            if self.database.withdraw(request):
-                interrupts.check()
-                request.done = False  # the handler did not raise: as before
-                self.database.enlist(request)
+            return
+        waited = not event.wait(_INTERRUPT_INTERVAL)
+        if waited and interrupts.pending and self.database.withdraw(request):
+            interrupts.check()
+            request.done = False  # the handler did not raise: as before
+            self.database.enlist(request)
 
     def _leave(self, request: _Request[Any], event: threading.Event) -> None:
         """Let the next one lead; leave nothing behind that nobody waits for."""
@@ -3627,7 +3646,8 @@ class _DirectGateway:
         slice_length = math.inf if _recorded() is None else _INTERRUPT_INTERVAL
         if polls:
             slice_length = POLL_INTERVAL
-        while True:
+        generation = self.database.generation
+        while self.database.generation == generation:  # else a child looks again
             _check_interrupts()
             if polls:
                 self.database.watch.poll()
@@ -3739,8 +3759,9 @@ class _AsyncGateway:
         try:
             await future
         except BaseException:
+            delivery.future = None  # the caller goes; what is to come is undone
             if future.done() and not future.cancelled():
-                delivery.undo(request)  # it had arrived, but its caller goes
+                delivery.undo(request)  # it has come already
             raise
         return request.outcome()
 
@@ -3788,7 +3809,7 @@ class _AsyncGateway:
         def run() -> None:
             try:
                 result = database.read(function)
-            except BaseException as error:  # noqa: BLE001 (delivered)
+            except BaseException as error:
                 _call_soon(loop, _set_exception, future, error)
             else:
                 _call_soon(loop, _set_result, future, result)
@@ -4148,7 +4169,7 @@ def _message_of(error: BaseException) -> str:
     """Return an exception's text, also of one that cannot tell it."""
     try:
         return str(error)
-    except Exception as second:  # noqa: BLE001 -- whatever a foreign __str__ raises
+    except Exception as second:
         return f"(its message cannot be read: {type(second).__name__})"
 
 
@@ -4469,8 +4490,12 @@ class AsyncSQLiteQueue(_AsyncStorage):
         run: Callable[[sqlite3.Connection, list[_Note], float], T],
         *,
         flush: bool = True,
+        savepoint: bool = True,
     ) -> T:
-        """Commit `run(connection, notes, now)` and log what it noted."""
+        """Commit `run(connection, notes, now)` and log what it noted.
+
+        The other parameters are those of `_Operation`.
+        """
         notes: list[_Note] = []
         now = self._clock()
 
@@ -4480,7 +4505,8 @@ class AsyncSQLiteQueue(_AsyncStorage):
             self._log_inside(connection, notes, now)
             return result
 
-        result = await self._gateway.write(_Operation(run_and_log, flush=flush))
+        operation = _Operation(run_and_log, flush=flush, savepoint=savepoint)
+        result = await self._gateway.write(operation)
         await self._log_outside(notes, now)
         return result
 
@@ -4704,7 +4730,8 @@ class AsyncSQLiteQueue(_AsyncStorage):
         """
         _check_lease(task)
         await self._write(
-            lambda connection, notes, now: self._complete(connection, task, notes, now)
+            lambda connection, notes, now: self._complete(connection, task, notes, now),
+            savepoint=False,
         )
 
     def _complete(
@@ -4791,7 +4818,8 @@ class AsyncSQLiteQueue(_AsyncStorage):
         return await self._write(
             lambda connection, notes, now: self._fail(
                 connection, task, text, notes, now, retry=retry, delay=seconds
-            )
+            ),
+            savepoint=False,
         )
 
     def _fail(
@@ -4838,7 +4866,7 @@ class AsyncSQLiteQueue(_AsyncStorage):
                 raise LeaseLostError([task.id])
             notes.append(self._note_of(EventType.RELEASED, task))
 
-        await self._write(run, flush=False)
+        await self._write(run, flush=False, savepoint=False)
 
     async def extend(
         self, task: Task, lease: float = DEFAULT_LEASE, *, progress: Any = None
@@ -4869,7 +4897,7 @@ class AsyncSQLiteQueue(_AsyncStorage):
                 connection.execute(TOUCH_WORKER, {"name": task.worker, "now": now})
             return now + lease
 
-        until = _from_unix(await self._write(run, flush=False))
+        until = _from_unix(await self._write(run, flush=False, savepoint=False))
         kept = task.progress if progress is None else progress
         return replace(task, lease_until=until, progress=kept)
 
@@ -5795,7 +5823,7 @@ def _current_token() -> EventLoopToken:
 
     try:
         return current_token()
-    except Exception:  # noqa: BLE001 -- anyio's class for this is not in old ones
+    except Exception:
         raise RuntimeError(
             "from_async() must be called where the event loop runs"
         ) from None
@@ -6508,7 +6536,7 @@ class AsyncSQLiteBackend(_AsyncStorage):
             if rows:
                 _insert_many(connection.cursor(), rows, now, notes)
 
-        await queue._write(run)
+        await queue._write(run, savepoint=bool(rows))
 
     def _store_in_commit(
         self, result: TaskResult
@@ -6566,7 +6594,7 @@ class AsyncSQLiteBackend(_AsyncStorage):
                 store(connection)
             return status
 
-        return await queue._write(run)
+        return await queue._write(run, savepoint=False)
 
     async def status(self, task_id: str) -> TaskStatus | None:
         """Return how a task stands by the queue, else by its result, else `None`."""
@@ -7297,15 +7325,23 @@ def _restore_registry(entries: list[tuple[str, str, str, TaskOptions]]) -> TaskR
     return registry
 
 
-@dataclass(slots=True)
 class _Outcome:
     """How a run ended: with a value, with an error, or given back unharmed."""
 
-    value: Any = None
-    error: BaseException | None = None
-    retry: bool = True
-    delay: float | None = None
-    released: bool = False
+    def __init__(
+        self,
+        value: Any = None,
+        *,
+        error: BaseException | None = None,
+        retry: bool = True,
+        delay: float | None = None,
+        released: bool = False,
+    ) -> None:
+        self.value = value
+        self.error = error
+        self.retry = retry
+        self.delay = delay
+        self.released = released
 
 
 def _judge(error: BaseException) -> _Outcome:
@@ -7319,7 +7355,6 @@ def _judge(error: BaseException) -> _Outcome:
     return _Outcome(error=error, retry=not isinstance(error, Reject))
 
 
-@dataclass(slots=True, eq=False)
 class _Run:
     """A claimed task in this worker's hands, from its claim to its outcome.
 
@@ -7328,20 +7363,19 @@ class _Run:
     are monotonic times at which the heartbeat has something to do.
     """
 
-    task: Task
-    heartbeat: _Heartbeat
-    extended_at: float
-    extend_at: float
-    interrupt_at: float = math.inf
-    give_up_at: float = math.inf
-    job: asyncio.Task[None] | None = None  # not while a thread has it
-    call: Callable[[], Any] = _nothing  # what a thread is to do
-    thread: int | None = None
-    outcome: _Outcome | None = None
-    cancelled_for: str = ""
-    progress: dict[str, Any] | None = None
-    lost: bool = False
-    abandoned: bool = False
+    def __init__(self, task: Task, heartbeat: _Heartbeat, interval: float) -> None:
+        self.task = task
+        self.heartbeat = heartbeat
+        self.extended_at = time.monotonic()
+        self.extend_at = self.extended_at + interval
+        self.interrupt_at = self.give_up_at = math.inf
+        self.job: asyncio.Task[None] | None = None  # not while a thread has it
+        self.call: Callable[[], Any] = _nothing  # what a thread is to do
+        self.thread: int | None = None
+        self.outcome: _Outcome | None = None
+        self.cancelled_for = ""
+        self.progress: dict[str, Any] | None = None
+        self.lost = self.abandoned = False
 
     def begin(self, grace: float) -> None:
         """Start the clock of the task's timeout."""
@@ -7440,7 +7474,7 @@ class _Threads:
             try:
                 run.thread = threading.get_ident()
                 run.outcome = _Outcome(run.call())
-            except BaseException as error:  # noqa: BLE001 -- SystemExit is a failure too
+            except BaseException as error:
                 run.outcome = _judge(error)
             # A thread that was interrupted raises as soon as it goes on, so after
             # this line nothing is left to be raised in what it does next.
@@ -7503,9 +7537,12 @@ class _Heartbeat:
         self._done = asyncio.get_running_loop().create_future()
         self._thread.start()
 
-    async def stop(self) -> None:
+    def end(self) -> None:
         self._ended = True
         self.wake(-math.inf)
+
+    async def stop(self) -> None:
+        self.end()
         await asyncio.wait({self._done}, timeout=_LAST_WRITES)
 
     def wake(self, at: float) -> None:
@@ -7579,7 +7616,7 @@ class _Heartbeat:
             )
         except LeaseLostError:
             self._lose(run)
-        except Exception as error:  # noqa: BLE001 -- a heartbeat never gives up
+        except Exception as error:
             logger.warning("cannot extend task %s: %s", run.task.id, error)
             run.extend_at = time.monotonic() + min(1.0, self._interval / 3)
         else:
@@ -7595,7 +7632,7 @@ class _Heartbeat:
             await self._backend.fail(run.task, error)
         except LeaseLostError:
             pass
-        except Exception as failure:  # noqa: BLE001 -- as above
+        except Exception as failure:
             logger.warning("cannot fail task %s: %s", run.task.id, failure)
             run.give_up_at = time.monotonic() + 1.0
             self._woken.set()
@@ -7605,9 +7642,11 @@ class _Heartbeat:
 
 def _own_copy(backend: AsyncBackend) -> tuple[AsyncBackend, bool]:
     """Return a backend with connections of its own, where it pickles; else itself."""
+    import pickle  # here, because it costs import time
+
     try:
-        return pickle.loads(pickle.dumps(backend)), True  # noqa: S301 -- our own bytes
-    except Exception:  # noqa: BLE001 -- another engine may fail in any way
+        return pickle.loads(pickle.dumps(backend)), True
+    except Exception:
         return backend, False
 
 
@@ -7644,6 +7683,7 @@ class _Shift:
         self._claimer: asyncio.Task[None] | None = None
         self._stopped_at = math.inf
         self._stuck = False
+        self.owns_process = False
 
     # -- its life ------------------------------------------------------------
 
@@ -7749,7 +7789,7 @@ class _Shift:
                 pause = 0.0
             except StorageClosedError:
                 raise
-            except Exception as error:  # noqa: BLE001 -- the database may recover
+            except Exception as error:
                 pause = _longer(pause)
                 logger.warning("cannot claim, next try in %.1f s: %s", pause, error)
                 await asyncio.sleep(pause)
@@ -7815,7 +7855,7 @@ class _Shift:
             await asyncio.sleep(_CLEANUP_INTERVAL * random.uniform(0.75, 1.25))
             try:
                 await self._worker.backend.cleanup()
-            except Exception as error:  # noqa: BLE001 -- the next one may do better
+            except Exception as error:
                 logger.warning("cleanup failed: %s", error)
 
     # -- running -------------------------------------------------------------
@@ -7823,8 +7863,7 @@ class _Shift:
     def _take(self, task: Task) -> None:
         """Start a task that was claimed; nothing is awaited in between."""
         self._left -= 1
-        now = time.monotonic()
-        run = _Run(task, self._heartbeat, now, now + self._worker.lease / 3)
+        run = _Run(task, self._heartbeat, self._worker.lease / 3)
         self._runs.add(run)
         self._free -= 1
         function = self._worker.tasks._functions.get(task.func)
@@ -7848,7 +7887,7 @@ class _Shift:
         """Start a run whose lease may have ended, if it is still ours."""
         try:
             await self._worker.backend.queue.extend(run.task, self._worker.lease)
-        except (Exception, asyncio.CancelledError) as error:  # noqa: BLE001
+        except (Exception, asyncio.CancelledError) as error:
             self._warn(run, "is left to its lease: %s", error)
             self._runs.discard(run)
             self._free_slot()
@@ -7896,7 +7935,7 @@ class _Shift:
             run.outcome = _Outcome(await self._await(run, function))
         except asyncio.CancelledError as error:
             run.outcome = self._judge_cancelled(run, error)
-        except BaseException as error:  # noqa: BLE001 -- SystemExit is a failure too
+        except BaseException as error:
             run.outcome = _judge(error)
         while run.job is not None and run.job.cancelling():
             run.job.uncancel()
@@ -7940,6 +7979,18 @@ class _Shift:
         text = "does not end; its attempt has failed, and the worker stops"
         self._log(logging.ERROR, run, text)
         _call_soon(self._loop, self._wind_up)
+        patience = self._worker.grace + _LAST_WRITES
+        asyncio.get_running_loop().call_later(patience, self._check_loop)
+
+    def _check_loop(self) -> None:
+        """End what cannot wind up: an async function blocks the loop for ever."""
+        if self._stuck:
+            return
+        text = "the event loop of worker %s is blocked; its tasks are left to others"
+        logger.error(text, self._worker.name, extra={"worker": self._worker.name})
+        if self.owns_process:
+            os._exit(STUCK_STATUS)
+        self._heartbeat.end()
 
     def _wind_up(self) -> None:
         self._stuck = True
@@ -7970,7 +8021,7 @@ class _Shift:
                     return self._warn(run, "has lost its lease; its outcome is dropped")
                 except StorageClosedError as error:
                     return self._warn(run, "is left to its lease: %s", error)
-                except Exception as error:  # noqa: BLE001 -- it may recover
+                except Exception as error:
                     pause = _longer(pause)
                     self._warn(run, "cannot be settled yet: %s", error)
                     await asyncio.sleep(pause)
@@ -8089,8 +8140,16 @@ class _Child:
         self._pipe.close()
 
 
+def _prepare_spawn() -> None:
+    """Load what the first child needs; it would unblock SIGINT in our back."""
+    from multiprocessing import resource_tracker, util  # noqa: F401 -- see above
+
+    if sys.platform != "win32":
+        resource_tracker.ensure_running()
+
+
 @contextlib.contextmanager
-def _blocked(signum: signal.Signals) -> Iterator[None]:
+def _blocked(signum: signal.Signals) -> Generator[None]:
     """Hold a signal back, also in a process that is started meanwhile."""
     if not hasattr(signal, "pthread_sigmask"):
         yield
@@ -8151,13 +8210,14 @@ class _Crew:
         self._loop = _running_loop()
         self._stopped = asyncio.Event()
         self._proven = False
+        self.owns_process = False
 
     async def run(self) -> int:
         """Keep every place filled until stopped, or until the work is done."""
-        import multiprocessing.util  # noqa: F401 -- here, because it costs import time
-
         self._check_pickles()
-        # At exit it joins all children. What is registered later is called first.
+        _prepare_spawn()
+        # `multiprocessing` joins its children at exit. What is registered later
+        # is called first.
         atexit.register(self.stop)
         jobs = [asyncio.ensure_future(self._keep(place)) for place in self._places]
         try:
@@ -8169,6 +8229,8 @@ class _Crew:
         return 0
 
     def _check_pickles(self) -> None:
+        import pickle  # here, because it costs import time
+
         try:
             pickle.dumps(self._worker._copy(""))
         except Exception as error:
@@ -8246,7 +8308,7 @@ class _Crew:
             try:
                 await self._worker.backend.queue.reclaim(name)
                 return
-            except Exception as error:  # noqa: BLE001 -- its leases end by themselves
+            except Exception as error:
                 logger.warning("cannot reclaim the tasks of %s: %s", name, error)
                 if self._stopped.is_set():
                     return
@@ -8258,7 +8320,7 @@ class _Crew:
 def _handling(
     handler: Callable[[int, FrameType | None], None],
     signums: Sequence[signal.Signals],
-) -> Iterator[None]:
+) -> Generator[None]:
     """Handle signals meanwhile; only the main thread can, elsewhere do nothing."""
     if threading.current_thread() is not threading.main_thread():
         signums = ()
@@ -8333,7 +8395,9 @@ class AsyncWorker:
         """Work until stopped and return the exit status for the process.
 
         That is 0, or 75 when a function did not end within `grace` after its
-        timeout and the process should be replaced. `until_empty`: return when no
+        timeout and the process should be replaced (one whose event loop is blocked
+        by such a function ends itself so, where `signals` says that the process is
+        the worker's). `until_empty`: return when no
         task of our queues can be claimed or is scheduled (tasks that other workers
         run and queues that are paused do not count). `max_tasks`: return after so
         many. `processes`: more than one runs the worker in as many child processes
@@ -8346,8 +8410,7 @@ class AsyncWorker:
         _check_integer("processes", processes, minimum=1)
         if max_tasks is not None:
             _check_integer("max_tasks", max_tasks, minimum=1)
-        if self._job is not None:
-            raise RuntimeError(f"worker {self.name!r} runs already")
+        self._check_idle()
         terms = (until_empty, math.inf if max_tasks is None else max_tasks)
         job = _Crew(self, processes, terms) if processes > 1 else _Shift(self, *terms)
         status = await self._perform(
@@ -8364,6 +8427,10 @@ class AsyncWorker:
         if (job := self._job) is not None:
             job.stop()
 
+    def _check_idle(self) -> None:
+        if self._job is not None:
+            raise RuntimeError(f"worker {self.name!r} runs already")
+
     def _abandon(self) -> None:
         self._stopping = True
         if (job := self._job) is not None:
@@ -8374,6 +8441,8 @@ class AsyncWorker:
     ) -> int:
         self._job = job
         self._signals = 0
+        main = threading.current_thread() is threading.main_thread()
+        job.owns_process = bool(signums) and main
         if self._stopping:
             job.stop()
         try:
@@ -8419,6 +8488,8 @@ async def _unbroken(job: _Shift | _Crew) -> int:
     try:
         return await asyncio.shield(work)
     except asyncio.CancelledError:
+        import anyio  # here, because it costs import time
+
         job.abandon()
         while not work.done():
             with contextlib.suppress(asyncio.CancelledError):
@@ -8622,6 +8693,7 @@ class Worker:
         self._async.stop()
 
     async def _run(self, **terms: Any) -> int:
+        self._async._check_idle()
         self._async.backend = _to_async(self._backend)
         try:
             return await self._async.run(**terms)
@@ -8654,7 +8726,7 @@ class Worker:
         def serve() -> None:
             try:
                 ended.put(_run_loop(work()))
-            except BaseException as error:  # noqa: BLE001 -- raised in the caller
+            except BaseException as error:
                 ended.put(error)
 
         threading.Thread(target=serve, name=self.name, daemon=True).start()
@@ -8673,174 +8745,94 @@ class Worker:
 # Command line
 # =============================================================================
 #
-# `python -m omniq_sqlite COMMAND FILE` or the script `omniq-sqlite`. A command
-# is a function from its parsed options to the exit status, and stands under the
-# options that it takes. Values that are typed in are JSON or else plain strings;
-# the only code that is imported is what the operator names with `--app`. What
-# comes out of a file is escaped before it reaches a terminal. First how things
-# are shown, then the demo, then the other commands.
+# `python -m omniq_sqlite COMMAND FILE` or the script `omniq-sqlite`. A command is
+# a function from its options to the exit status. What is typed in is JSON or else
+# a plain string; the only code that is imported is what the operator names with
+# `--app`. What comes out of a file is escaped before it reaches a terminal.
+# First how things are shown, then the demo, the other commands, and at the end
+# the tables of options and commands.
 
 
-class _CommandError(Exception):
+class _CommandError(OmniQError):
     """A command cannot do what it was asked to; the text is the one line shown."""
 
 
-class _ReaderLeftError(Exception):
-    """Whoever read our output has seen enough (`| head`)."""
-
-
-def _say(text: str = "") -> None:
-    """Print a line of the output."""
-    try:
-        print(text)
-    except BrokenPipeError:
-        raise _ReaderLeftError from None
-
-
-def _escape(character: str) -> str:
-    if "\udc80" <= character <= "\udcff":  # a byte of a file name that is not UTF-8
-        return f"\\x{ord(character) - 0xDC00:02x}"
-    return character.encode("unicode_escape").decode()
+# -- showing --
 
 
 def _printable(text: str) -> str:
     """Return `text` without anything that a terminal would act on."""
-    if text.isprintable():
-        return text
-    return "".join(c if c.isprintable() else _escape(c) for c in text)
+    return "".join(
+        c if c.isprintable() else c.encode("unicode_escape").decode() for c in text
+    )
 
 
-def _quoted(name: str) -> str:
-    return f"'{_printable(name)}'"
-
-
-def _shell_word(text: str) -> str:
-    import shlex  # here, as below: only the command line pays for it
-
-    return shlex.quote(text)
-
-
-def _terminal_width(otherwise: int) -> int:
-    import shutil
-
-    return shutil.get_terminal_size((otherwise, 24)).columns
-
-
-def _columns_of(text: str) -> int:
-    """Return how many columns of a terminal `text` takes."""
-    if text.isascii():
-        return len(text)
-    wide = sum(unicodedata.east_asian_width(c) in ("W", "F") for c in text)
-    return len(text) + wide - sum(unicodedata.combining(c) > 0 for c in text)
-
-
-def _fit(text: str, width: int) -> str:
-    if _columns_of(text) <= width:
-        return text
-    while _columns_of(text) >= width:
-        text = text[: min(len(text), width) - 1]
-    return text + "…"
-
-
-def _show_value(value: object) -> str:
-    """Return one cell of a table."""
+def _show_cell(value: object) -> str:
     if value is None:
         return "-"
-    if isinstance(value, bool):
-        return "yes" if value else "no"
     if isinstance(value, int):
         return f"{value:,}"
     if isinstance(value, datetime):
         return value.astimezone().isoformat(" ", "milliseconds")[:23]
-    return str(value)
+    return _printable(str(value))
 
 
-def _show_size(size: float) -> str:
-    for unit, length in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if size >= length:
-            return f"{size / length:,.1f} {unit}"
-    return f"{size:.0f} bytes"
-
-
-def _show_age(instant: datetime | None) -> str:
-    """Return how long ago `instant` was."""
+def _age_of(instant: datetime | None) -> timedelta | None:
     if instant is None:
-        return ""
-    seconds = max(0.0, (_now() - instant).total_seconds())
-    for unit, length in (("days", 86_400), ("h", 3_600), ("min", 60)):
-        if seconds >= 2 * length:
-            return f"{seconds / length:,.0f} {unit}"
-    return f"{seconds:.0f} s"
+        return None
+    return timedelta(seconds=max(0, int((_now() - instant).total_seconds())))
 
 
 def _print_table(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    """Print a table that fits the terminal, without the columns that are empty.
+    """Print a table that fits the terminal; columns without content are left out.
 
-    The widest columns give way first. The first one is what gets copied into the
-    next command: it keeps the 32 characters of an id while it can, as numbers
-    keep their digits. Where there is no terminal, nothing is cut.
+    The widest columns give way first, but never the first one: it is what gets
+    copied into the next command. Where there is no terminal, nothing is cut.
     """
+    import shutil  # here, as below: only the command line pays for it
+
     columns = [
-        _Column(header, cells)
+        (header, *cells)
         for header, *cells in zip(headers, *rows, strict=True)
-        if any(cell not in (None, "") for cell in cells)
+        if any(cell not in (None, "", 0) for cell in cells)
     ]
-    excess = sum(column.width + 2 for column in columns) - 2
-    excess -= _terminal_width(otherwise=1_000_000)
-    for first, others in ((32, 10), (32, 3), (8, 3)):
-        for column in columns:
-            least = first if column is columns[0] else others
-            column.least = max(least, column.digits)
-        while excess > 0 and (room := [c for c in columns if c.width > c.least]):
-            max(room, key=lambda column: column.width).width -= 1
-            excess -= 1
-    for line in zip(*(column.lines() for column in columns), strict=True):
-        _say("  ".join(line).rstrip())
+    table = [[_show_cell(cell) for cell in column] for column in columns]
+    widths = [max(map(len, column)) for column in table]
+    terminal = shutil.get_terminal_size((1_000_000, 24)).columns
+    while sum(widths) + 2 * len(widths) - 2 > terminal:
+        widest = max(widths[1:], default=0)
+        if widest <= 3:
+            break
+        widths[widths.index(widest, 1)] -= 1
+    signs = [">" if type(column[1]) is int else "<" for column in columns]
+    for line in zip(*table, strict=True):
+        cells = zip(line, signs, widths, strict=True)
+        text = "  ".join(f"{_shorten(cell, w):{sign}{w}}" for cell, sign, w in cells)
+        print(text.rstrip())
 
 
-class _Column:
-    """One column of a table, as wide as its widest cell until it gives way."""
-
-    def __init__(self, header: str, cells: Sequence[object]) -> None:
-        self.is_number = all(type(cell) is int for cell in cells)
-        self.cells = [header, *(_printable(_show_value(cell)) for cell in cells)]
-        self.width = max(map(_columns_of, self.cells))
-        self.digits = max(map(len, self.cells[1:])) if self.is_number else 0
-        self.least = 0
-
-    def lines(self) -> Iterator[str]:
-        for cell in self.cells:
-            text = _fit(cell, self.width)
-            space = " " * (self.width - _columns_of(text))
-            yield space + text if self.is_number else text + space
+def _print_facts(value: Task | TaskResult) -> None:
+    """Print the fields that say something, a line each; nothing is cut."""
+    for item in fields(value):
+        content = getattr(value, item.name)
+        if item.name != "traceback" and content not in (None, (), {}):
+            print(f"{item.name:<14} {_show_cell(content)}")
 
 
-def _print_facts(facts: Iterable[tuple[str, object]]) -> None:
-    """Print names and values, a line each; a long value is shown whole."""
-    for name, value in facts:
-        _say(f"{name:<14} {_printable(_show_value(value))}")
+def _print_json(value: Any) -> None:
+    """Print an object on a line, in ASCII, which every terminal and pipe takes."""
+    print(json.dumps(value, default=_as_json))
 
 
-def _to_record(value: Any) -> dict[str, Any]:
-    """Return a task, result, event, … as an object for `--json`."""
-    return {item.name: _to_field(getattr(value, item.name)) for item in fields(value)}
-
-
-def _to_field(value: Any) -> Any:
+def _as_json(value: Any) -> Any:
+    if is_dataclass(value):
+        return {item.name: getattr(value, item.name) for item in fields(value)}
     if isinstance(value, datetime):
         return value.isoformat()
-    kind = type(value).__name__
     try:
-        encoded = _encode(value)
-        return encoded["$tuple"] if kind == "tuple" else encoded
-    except _Refused:  # somebody else wrote it: NaN, say
+        return _encode(value)
+    except _Refused:  # another serializer's
         return repr(value)
-
-
-def _print_json(records: Iterable[Mapping[str, Any]]) -> None:
-    """Print an object a line, in ASCII, which every terminal and pipe takes."""
-    for record in records:
-        _say(json.dumps(record))
 
 
 def _note(message: str) -> None:
@@ -8855,8 +8847,22 @@ def _nothing_found(what: str, options: argparse.Namespace) -> int:
     return 1
 
 
-def _components(path: str) -> frozenset[str]:
-    """Return what a file holds of ours; creates and changes nothing."""
+def _program() -> str:
+    """Return how this program was started, as typed in a shell."""
+    import shlex
+
+    if __name__ != "__main__":
+        return "omniq-sqlite"
+    return shlex.join(
+        ["python", *(["-m", __spec__.name] if __spec__ else sys.argv[:1])]
+    )
+
+
+def _components(path: str, *wanted: str) -> frozenset[str]:
+    """Return which tables of ours a file has; creates and changes nothing.
+
+    A file with none of those that are wanted is refused: opening it creates them.
+    """
     if not os.path.exists(path):
         raise _CommandError(f"there is no file {path!r}")
     database = _Database(_Options(_absolute(path)), ())
@@ -8866,151 +8872,33 @@ def _components(path: str) -> frozenset[str]:
             connection.execute("PRAGMA trusted_schema = OFF")
             return frozenset(schema_versions(connection, path))
 
-    return database.retry(look)
-
-
-def _check_holds(path: str, *components: str) -> frozenset[str]:
-    """Return what a file holds of ours; refuse it if that is none of these.
-
-    Opening it would create them.
-    """
-    found = _components(path)
-    if found.isdisjoint(components):
-        raise _CommandError(f"{path!r} has no OmniQ table of {' or '.join(components)}")
+    found = database.retry(look)
+    if wanted and found.isdisjoint(wanted):
+        raise _CommandError(f"{path!r} has no OmniQ table of {' or '.join(wanted)}")
     return found
 
 
-def _logs_events(options: argparse.Namespace) -> bool | None:
-    """Tell whether a command that changes tasks logs events: as the file did so far."""
-    there = os.path.exists(options.file) and "events" in _components(options.file)
-    return options.events or there or None
-
-
-def _program() -> str:
-    """Return how this program was started, as typed in a shell."""
-    if __name__ != "__main__":
-        return "omniq-sqlite"
-    spec = sys.modules["__main__"].__spec__
-    return (
-        f"python {_shell_word(sys.argv[0])}"
-        if spec is None
-        else (f"python -m {spec.name}")
-    )
-
-
-# -- options --
-
-
-def _parse_count(text: str) -> int:
-    if not text.isascii() or not text.isdigit() or not 0 < int(text[:10]) < 10**9:
-        raise _CommandError(f"a count must be a number from 1, not {text!r}")
-    return int(text)
-
-
-def _parse_instant(text: str) -> datetime:
-    """Return an ISO 8601 instant, in local time unless it says, or an age as one."""
-    units = {"s": 1, "m": 60, "h": 3_600, "d": 86_400}
-    try:
-        if text[-1:] in units:
-            return _now() - timedelta(seconds=float(text[:-1]) * units[text[-1]])
-        return datetime.fromisoformat(text).astimezone()
-    except (ValueError, OverflowError, OSError):
-        rule = "an instant such as 2026-01-31T12:00, or an age such as 90s, 10m, 2h, 7d"
-        raise _CommandError(f"a time must be {rule}, not {text!r}") from None
-
-
-def _parse_names(text: str) -> list[str]:
-    return text.split(",")
-
-
-def _parse_value(text: str) -> Any:
-    """Return `text` as JSON, or else as it is; nothing is ever evaluated."""
-    try:
-        return json.loads(text, parse_constant=_refuse_constant)
-    except (ValueError, RecursionError):
-        return text
-
-
-def _refuse_constant(name: str) -> Any:
-    raise ValueError(f"{name} is not JSON")
-
-
-def _parse_object(text: str) -> dict[str, Any]:
-    value = _parse_value(text)
-    if not isinstance(value, dict):
-        raise _CommandError(f"--kwargs must be a JSON object, not {text!r}")
-    return cast("dict[str, Any]", value)
-
-
-_Command = Callable[["argparse.Namespace"], int]
-_Option = tuple[str, dict[str, Any]]
-
-# By name: the function, what its help says, an example, the options.
-_commands: dict[str, tuple[_Command, str, str, Sequence[_Option]]] = {}
-
-
-def _option(name: str, help: str = "", **terms: Any) -> _Option:
-    return name, {"help": help, **terms}
-
-
-def _command(
-    name: str, example: str, *options: _Option
-) -> Callable[[_Command], _Command]:
-    """Make a function a command; its docstring is the help."""
-
-    def decorate(run: _Command) -> _Command:
-        _commands[name] = run, run.__doc__ or "", example, options
-        return run
-
-    return decorate
-
-
-_FILE = _option("file", "the database", metavar="FILE")
-_JSON = _option("--json", "print an object a line", action="store_true")
-_QUEUE = _option("--queue", "only this queue")
-_EVENTS = _option(
-    "--events",
-    "log events, also if the file holds none so far",
-    action="store_true",
-)
+def _logs_events(path: str) -> bool:
+    """Tell whether a command that changes tasks logs events: if the file has some."""
+    return os.path.exists(path) and "events" in _components(path)
 
 
 # -- demo --
+#
+# The id of a file's task follows from its path and version, and is its key, too.
+# So of two runs beside each other the second adds neither what is under way (the
+# key) nor what was finished a moment ago (the id, which `retention` keeps taken),
+# and a later run knows by the results what was done before.
 
 _DEMO_QUEUE = "demo"
 _DEMO_CHUNK = 1_000  # tasks in one transaction, results in one look
 _DEMO_READ = 1 << 20  # bytes; a worker that stops looks up between two reads
 
 _demo_tasks = TaskRegistry()
-_demo_database = ""  # path of the database of the demo that this process is part of
-
-
-@contextlib.contextmanager
-def _in_demo(path: str) -> Generator[None]:
-    """Note in this process which database its demo must not open as a file."""
-    global _demo_database  # noqa: PLW0603 (a function of a task has nothing else)
-    _demo_database = os.path.realpath(path)
-    yield
-
-
-def _is_demo_database(name: str, status: os.stat_result) -> bool:
-    """Tell whether a file is the database itself, under whatever name.
-
-    Closing any descriptor of it drops this process's locks on it, and what is
-    committed next is lost: https://sqlite.org/howtocorrupt.html, section 2.2.
-    """
-    for suffix in ("", "-wal", "-shm", "-journal"):
-        own = _demo_database + suffix
-        if name == own:
-            return True
-        with contextlib.suppress(OSError):
-            if os.path.samestat(status, os.lstat(own)):
-                return True
-    return False
 
 
 def _version_of(status: os.stat_result) -> tuple[int, int, int]:
-    """Return what tells versions of a file apart: inode, size, modification."""
+    """Return what tells versions of a file apart."""
     return status.st_ino, status.st_size, status.st_mtime_ns
 
 
@@ -9021,11 +8909,11 @@ def _file_id(path: str, version: tuple[int, int, int] | None) -> str:
     return hashlib.sha256(known).hexdigest()[:32]
 
 
-def _media_type(name: str) -> str:
+def _media_type(path: str) -> str:
     import mimetypes
 
     # Not the bare name: "data:…" would be taken for a URL.
-    kind, encoding = mimetypes.guess_type("./" + os.path.basename(name), strict=False)
+    kind, encoding = mimetypes.guess_type("./" + os.path.basename(path), strict=False)
     if encoding is not None:
         return f"application/{'' if encoding == 'gzip' else 'x-'}{encoding}"
     return kind or "application/octet-stream"
@@ -9033,185 +8921,139 @@ def _media_type(name: str) -> str:
 
 def _open_regular(name: str, flags: int) -> int:
     # The name may have become a link or a FIFO since it was listed.
-    extra = ("O_NOFOLLOW", "O_NONBLOCK", "O_CLOEXEC")
-    return os.open(name, flags | sum(getattr(os, flag, 0) for flag in extra))
+    return os.open(name, flags | os.O_NOFOLLOW | os.O_NONBLOCK)
 
 
-async def _hash_file(name: str) -> tuple[str, os.stat_result]:
-    """Return the digest of a file, and what it was when it was read.
+async def _hash_file(name: str) -> tuple[str, int]:
+    """Return digest and size of a regular file that does not change meanwhile.
 
     Async, so that a worker that stops takes it back between two reads and
     releases the task unharmed.
-
-    Raises: `FileNotFoundError` for what is no regular file, `OSError` if it
-    changed meanwhile.
     """
     import hashlib
 
-    listed = os.lstat(name)
-    if not stat.S_ISREG(listed.st_mode) or _is_demo_database(name, listed):
-        raise FileNotFoundError("no regular file any more")
+    digest = hashlib.sha256()
     with io.FileIO(name, opener=_open_regular) as file:
-        before = os.fstat(file.fileno())
-        digest = hashlib.sha256()
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode):
+            raise FileNotFoundError("no regular file any more")
         while chunk := file.read(_DEMO_READ):
             digest.update(chunk)
             await asyncio.sleep(0)
-        after = os.fstat(file.fileno())
-    versions = {_version_of(status) for status in (before, after, os.lstat(name))}
-    if len(versions) > 1 or not stat.S_ISREG(before.st_mode):
+    if _version_of(os.lstat(name)) != _version_of(status):
         raise OSError("changed while it was read")
-    return digest.hexdigest(), before
+    return digest.hexdigest(), status.st_size
 
 
 @_demo_tasks.register(name="fingerprint")
 async def _fingerprint(path: str) -> dict[str, Any]:
     """Return SHA-256, size and media type of a file; an error names the file."""
     try:
-        digest, status = await _hash_file(path)
+        digest, size = await _hash_file(path)
     except OSError as error:
-        reason = f"{error.strerror or error}: {_quoted(path)}"
+        reason = f"{error.strerror or error}: {path!r}"
         if isinstance(error, (FileNotFoundError, NotADirectoryError, PermissionError)):
             # That will be no better in a second, so there is no other attempt.
             raise Reject(reason) from error
         raise OSError(reason) from error
-    inode, size, mtime_ns = _version_of(status)
-    return {
-        "path": path,
-        "sha256": digest,
-        "size": size,
-        "type": _media_type(path),
-        "inode": inode,
-        "mtime_ns": mtime_ns,
-    }
+    return {"path": path, "sha256": digest, "size": size, "type": _media_type(path)}
 
 
-class _Done(NamedTuple):
-    """A file that has a digest."""
-
-    key: str
-    """What `_file_id` returns for its path and the version that was read."""
-    size: int
-    worker: str
-    """Empty: it was done before this run."""
-
-
-def _done(result: TaskResult, worker: str) -> _Done:
-    value = result.value
-    version = value["inode"], value["size"], value["mtime_ns"]
-    return _Done(_file_id(value["path"], version), value["size"], worker)
-
-
-@dataclass
 class _Demo:
-    """One run of the demo: what it queued, and what came of it."""
+    """One run of the demo: what it found, and what came of it."""
 
-    backend: SQLiteBackend
-    results: ResultStorage
-    tasks: dict[str, str] = field(default_factory=dict[str, str])
-    """By id of a task that this run queued: the path of its file."""
-    done: dict[str, _Done] = field(default_factory=dict[str, _Done])
-    """By path."""
-    failed: dict[str, str] = field(default_factory=dict[str, str])
-    """By path of a file or folder: why, with the path."""
-    retries: int = 0
+    def __init__(self, backend: SQLiteBackend, database: str) -> None:
+        self.backend = backend
+        self.results = cast(ResultStorage, backend.results)
+        self.database = os.path.realpath(database)
+        self.started_at = _now()
+        self.unread: list[OSError] = []  # folders
+        self.tasks: dict[str, str] = {}  # by path of a file: of its newest version
+        self.before: set[str] = set()  # tasks that an earlier run has done
 
     def run(self, folder: str, processes: int) -> None:
-        """Fingerprint all files; again those that changed behind its back."""
-        for _ in range(3):
-            queued = self.queue_files(folder)
-            with self.progress(len(queued)):
-                self.work(processes)
-            self.collect(queued)
-            if not queued:
-                return
+        """Fingerprint all files, then once more those that were replaced meanwhile."""
+        self.backend.queue.retry_all(queue=_DEMO_QUEUE)  # what failed in earlier runs
+        self.started_at = _now()
+        for _ in range(2):
+            if queued := self.queue_files(folder):
+                over = threading.Event()
+                progress = partial(self.show_progress, queued, over)
+                thread = threading.Thread(target=progress)
+                thread.start()
+                try:
+                    self.work(processes)
+                finally:
+                    over.set()
+                    thread.join()
 
     # -- Queueing --
 
-    def scan(self, folder: str) -> Iterator[os.DirEntry[str]]:
-        """Yield the regular files under `folder`; no symbolic link is followed."""
-        folders = [folder]
-        while folders:
-            path = folders.pop()
-            try:
-                with os.scandir(path) as entries:
-                    for entry in entries:
-                        if entry.is_dir(follow_symlinks=False):
-                            folders.append(entry.path)
-                        elif entry.is_file(follow_symlinks=False):
-                            yield entry
-            except OSError as error:
-                self.failed[path] = f"{error.strerror}: {_quoted(path)}"
+    def queue_files(self, folder: str) -> int:
+        """Enqueue the files that have no digest yet; return how many these are."""
+        files, queued = self.find_files(folder), 0
+        while chunk := dict(itertools.islice(files, _DEMO_CHUNK)):
+            queued += self.enqueue(chunk)
+        return queued
 
-    def queue_files(self, folder: str) -> list[str]:
-        """Enqueue a task for every file under `folder` that has no result yet."""
-        before = len(self.tasks)
-        entries = self.scan(folder)
-        while chunk := list(itertools.islice(entries, _DEMO_CHUNK)):
-            tasks = [task for entry in chunk if (task := self.task_of(entry))]
-            self.add({task.id: task for task in tasks})
-        return list(itertools.islice(self.tasks, before, None))
+    def find_files(self, folder: str) -> Iterator[tuple[str, str]]:
+        """Yield id and path of each regular file whose version is new to this run."""
+        for parent, _, names in os.walk(folder, onerror=self.unread.append):
+            for name in names:
+                path, version = os.path.join(parent, name), None
+                with contextlib.suppress(OSError):  # its task will say why
+                    status = os.lstat(path)
+                    if not stat.S_ISREG(status.st_mode) or self.is_database(status):
+                        continue
+                    version = _version_of(status)
+                task_id = _file_id(path, version)
+                if self.tasks.get(path) != task_id:
+                    self.tasks[path] = task_id
+                    yield task_id, path
 
-    def task_of(self, entry: os.DirEntry[str]) -> Task | None:
-        """Return the task of a file, or `None` if there is nothing to do.
+    def is_database(self, status: os.stat_result) -> bool:
+        """Tell whether a file is the database itself, under whatever name.
 
-        Its id follows from path and version. So of two runs beside each other the
-        second adds neither what is under way (the key) nor what was finished a
-        moment ago (the id, which `retention` keeps taken).
+        Closing any descriptor of it drops this process's locks on it, and what is
+        committed next is lost: https://sqlite.org/howtocorrupt.html, section 2.2.
         """
-        path, version = entry.path, None
-        with contextlib.suppress(OSError):  # vanished: its task will say so
-            status = entry.stat(follow_symlinks=False)
-            version = _version_of(status)
-            if _is_demo_database(path, status):
-                return None
-        key = _file_id(path, version)
-        done = self.done.get(path)
-        if key in self.tasks or (done is not None and key == done.key):
-            return None
-        return Task(
-            "fingerprint",
-            (path,),
-            queue=_DEMO_QUEUE,
-            max_attempts=5,
-            retry_delay=0.2,
-            unique_key=key,
-            id=key,
-        )
+        for suffix in ("", "-wal", "-shm", "-journal"):
+            with contextlib.suppress(OSError):
+                if os.path.samestat(status, os.lstat(self.database + suffix)):
+                    return True
+        return False
 
-    def add(self, tasks: dict[str, Task]) -> None:
-        """Enqueue what has no result yet, and what has failed again."""
+    def enqueue(self, paths: dict[str, str]) -> int:
+        """Enqueue by id what has no digest yet; return how many files that are."""
+        results = self.results.get_many(paths)
+        done = {i for i, r in results.items() if r.status is ResultStatus.SUCCESS}
+        self.before |= done
+        tasks = {
+            task_id: Task(
+                "fingerprint",
+                (path,),
+                queue=_DEMO_QUEUE,
+                max_attempts=5,
+                retry_delay=0.2,
+                unique_key=task_id,
+                id=task_id,
+            )
+            for task_id, path in paths.items()
+            if task_id not in done
+        }
         while tasks:
-            for task_id, result in self.results.get_many(tasks).items():
-                task = tasks.pop(task_id)
-                if result.status is ResultStatus.SUCCESS:
-                    self.done[task.args[0]] = _done(result, worker="")
-                else:
-                    self.backend.queue.retry(task_id)
-                    self.tasks[task_id] = task.args[0]
             try:
-                ids = self.backend.enqueue_many(tasks.values())
-            except DuplicateTaskError as error:
-                self.add_again(tasks, tasks.pop(error.task_id))
-                continue
-            paths = (task.args[0] for task in tasks.values())
-            self.tasks.update(zip(ids, paths, strict=True))
-            return
-
-    def add_again(self, tasks: dict[str, Task], task: Task) -> None:
-        """Enqueue what another run has just finished, or somebody has cancelled."""
-        if self.results.get(task.id) or self.backend.queue.retry(task.id):
-            self.tasks[task.id] = task.args[0]
-        else:  # it was done, but its result was deleted
-            task = replace(task, id=new_id())
-            tasks[task.id] = task
+                self.backend.enqueue_many(tasks.values())
+                break
+            except DuplicateTaskError as error:  # another run has just done it
+                del tasks[error.task_id]
+        return len(paths) - len(done)
 
     # -- Working --
 
     def stats(self) -> QueueStats:
-        found = self.backend.queue.stats()
-        ours = (stats for stats in found if stats.queue == _DEMO_QUEUE)
-        return next(ours, QueueStats(_DEMO_QUEUE))
+        found = {stats.queue: stats for stats in self.backend.queue.stats()}
+        return found.get(_DEMO_QUEUE, QueueStats(_DEMO_QUEUE))
 
     def count_left(self) -> int:
         stats = self.stats()
@@ -9241,141 +9083,91 @@ class _Demo:
                 concurrency=max(1, min(16, left // (4 * processes))),
                 lease=10.0,
                 grace=0.5,
-                lifespan=partial(_in_demo, _demo_database),
             )
             # Without its own handling of signals, Ctrl-C is raised here.
             worker.run(until_empty=True, processes=processes, signals=False)
 
-    @contextlib.contextmanager
-    def progress(self, total: int) -> Generator[None]:
-        """Show on a terminal how far it is."""
-        if total == 0 or sys.stderr is None or not sys.stderr.isatty():
-            yield
-            return
-        over = threading.Event()
-        thread = threading.Thread(target=self.show_progress, args=(total, over))
-        thread.start()
-        try:
-            yield
-        finally:
-            over.set()
-            thread.join()
-
     def show_progress(self, total: int, over: threading.Event) -> None:
-        width = _terminal_width(otherwise=80) - 1
+        """Show on a terminal how far it is."""
+        if sys.stderr is None or not sys.stderr.isatty():
+            return
         started = time.monotonic()
         while not over.wait(0.25):
             done = max(0, total - self.count_left())
             rate = done / (time.monotonic() - started)
             left = f"{(total - done) / rate:,.0f} s left" if done else ""
             line = f"{done:,} of {total:,} files  {rate:,.1f} files/s  {left}"
-            print("\r" + line[:width].ljust(width), end="", file=sys.stderr, flush=True)
-        print("\r" + " " * width + "\r", end="", file=sys.stderr, flush=True)
+            print(f"\r{line:<70}", end="", file=sys.stderr, flush=True)
+        print(f"\r{'':70}", end="\r", file=sys.stderr, flush=True)
 
     # -- Reporting --
 
-    def collect(self, ids: Sequence[str]) -> None:
-        """Look at the results of tasks that this run queued."""
-        for start in range(0, len(ids), _DEMO_CHUNK):
-            chunk = ids[start : start + _DEMO_CHUNK]
-            results = self.results.get_many(chunk)
-            for task_id in chunk:
-                self.note(task_id, results.get(task_id))
+    def outcomes(self) -> Iterator[tuple[str, TaskResult | None]]:
+        """Yield each file's path and result."""
+        files = iter(self.tasks.items())
+        while chunk := list(itertools.islice(files, _DEMO_CHUNK)):
+            results = self.results.get_many([task_id for _, task_id in chunk])
+            yield from ((path, results.get(task_id)) for path, task_id in chunk)
 
-    def note(self, task_id: str, result: TaskResult | None) -> None:
-        path = self.tasks[task_id]
-        if result is None:  # it was cancelled, or its workers died
-            with contextlib.suppress(TaskNotFoundError, TimeoutError):
-                result = self.backend.result(task_id, timeout=0.0)
-        self.retries += max(0, ((result and result.attempt) or 1) - 1)
-        if result is None or not result.value:
-            error = ((result and result.error) or "no result").removeprefix("Reject: ")
-            named = error if _quoted(path) in error else f"{error}: {_quoted(path)}"
-            self.failed[path] = f"{named} (task {task_id})"
-            return
-        self.failed.pop(path, None)
-        done = self.done[path] = _done(result, result.worker or "-")
-        if task_id != done.key:
-            # It changed before it was read: that is what the next run looks for.
-            self.results.store(replace(result, task_id=done.key))
-
-    def report(self, seconds: float) -> int:
+    def report(self) -> int:
         """Print what came of it; return the exit status."""
-        now = sum(bool(done.worker) for done in self.done.values())
-        _print_facts(
-            [
-                ("files", len(self.done) + len(self.failed)),
-                ("  done before", len(self.done) - now),
-                ("  done now", now),
-                ("  failed", len(self.failed)),
-                ("bytes", f"{sum(done.size for done in self.done.values()):,}"),
-                ("seconds", f"{seconds:,.2f}"),
-                ("tasks/s", f"{len(self.tasks) / seconds:,.0f}"),
-                ("retries", self.retries),
-            ]
-        )
-        self.report_workers()
-        self.report_failures()
-        return 1 if self.failed else 0
-
-    def report_workers(self) -> None:
-        shares: dict[str, list[int]] = {}
-        for done in self.done.values():
-            if done.worker:
-                shares.setdefault(done.worker, []).append(done.size)
-        rows = [(w, len(sizes), _show_size(sum(sizes))) for w, sizes in shares.items()]
+        seconds = (_now() - self.started_at).total_seconds()
+        events = cast(EventStorage, self.backend.events)
+        failed = {error.filename: error.strerror or "" for error in self.unread}
+        shares: dict[str, list[int]] = {"": []}  # by worker: the sizes of its files
+        for path, result in self.outcomes():
+            if result is None or result.status is not ResultStatus.SUCCESS:
+                error = (result and result.error) or "no result"
+                failed[path] = error.removesuffix(f": {path!r}")
+            else:
+                worker = "" if result.task_id in self.before else result.worker or "-"
+                shares.setdefault(worker, []).append(result.value["size"])
+        before = shares.pop("")
+        rows = [(name, len(sizes), sum(sizes)) for name, sizes in shares.items()]
+        now = sum(count for _, count, _ in rows)
+        for name, fact in (
+            ("files", len(self.tasks)),
+            ("  done before", len(before)),
+            ("  done now", now),
+            ("  failed", len(failed)),
+            ("bytes", sum(before) + sum(size for _, _, size in rows)),
+            ("seconds", f"{seconds:,.2f}"),
+            ("tasks/s", f"{now / seconds:,.0f}"),
+            ("retries", events.count(type=EventType.RETRY, since=self.started_at)),
+        ):
+            print(f"{name:<14} {_show_cell(fact)}")
         if rows:
-            _say()
-            _print_table(["worker", "files", "size"], sorted(rows))
+            print()
+            _print_table(["worker", "files", "bytes"], sorted(rows))
+        if failed:
+            self.report_failures(failed)
+        return 1 if failed else 0
 
-    def report_failures(self) -> None:
-        lines = list(self.failed.values())
-        reasons = collections.Counter(line.partition(": '")[0] for line in lines)
-        if lines:
-            _say()
-            _print_table(["failed because of", "files"], reasons.most_common())
-            _say()
-        for line in lines[:50]:
-            _say(_printable(line))
-        if len(lines) > 50:
-            _say(f"and {len(lines) - 50:,} more: see the failed tasks")
-
-
-def _interrupt(*_: object) -> None:
-    """Treat another signal as Ctrl-C."""
-    signal.raise_signal(signal.SIGINT)
+    def report_failures(self, failed: dict[str, str]) -> None:
+        reasons = collections.Counter(failed.values()).most_common()
+        print()
+        _print_table(["failed because of", "files"], reasons)
+        print()
+        for path, reason in itertools.islice(failed.items(), 50):
+            print(_printable(f"{reason}: {path!r}  {self.tasks.get(path, '')}"))
+        if len(failed) > 50:
+            print(f"and {len(failed) - 50:,} more: see the failed tasks")
 
 
 def _print_next_commands(path: str) -> None:
-    _say(f"\ndatabase: {_printable(os.path.realpath(path))}\nlook into it:")
-    file = _shell_word(path)
+    import shlex
+
+    print(f"\ndatabase: {_printable(os.path.realpath(path))}\nlook into it:")
     for command in (
-        f"stats {file}",
-        f"list {file} --status failed",
-        f"show {file} TASK_ID",
-        f"events {file} --follow",
+        "stats FILE",
+        "list FILE --status failed",
+        "show FILE TASK_ID",
+        "events FILE --follow",
     ):
-        _say(_printable(f"  {_program()} {command}"))
+        line = command.replace("FILE", shlex.quote(path))
+        print(_printable(f"  {_program()} {line}"))
 
 
-@_command(
-    "demo",
-    "~/Pictures --workers 4",
-    _option("folder", "where the files are", metavar="FOLDER"),
-    _option(
-        "--db",
-        "the database (default: omniq-demo.db in the current folder)",
-        metavar="FILE",
-        default="omniq-demo.db",
-    ),
-    _option(
-        "--workers",
-        "worker processes (default: the number of cores)",
-        metavar="N",
-        type=_parse_count,
-        default=os.cpu_count() or 1,
-    ),
-)
 def _run_demo(options: argparse.Namespace) -> int:
     """Compute SHA-256, size and media type of every file under a folder.
 
@@ -9385,46 +9177,39 @@ def _run_demo(options: argparse.Namespace) -> int:
     """
     if not os.path.isdir(options.folder):
         raise _CommandError(f"there is no folder {options.folder!r}")
-    started = time.monotonic()
-    with (
-        _handling(_interrupt, [signal.SIGTERM]),
-        _in_demo(options.db),
-        SQLiteBackend(
-            options.db, events=True, result_ttl=None, retention=7 * 86_400.0
-        ) as backend,
-    ):
-        demo = _Demo(backend, cast(ResultStorage, backend.results))
+    with SQLiteBackend(
+        options.db, events=True, result_ttl=None, retention=7 * 86_400.0
+    ) as backend:
+        demo = _Demo(backend, options.db)
         try:
             demo.run(os.path.realpath(options.folder), options.workers)
         except KeyboardInterrupt:
             _note(f"stopped, {demo.count_left():,} files left; run it again to go on")
             raise
-        status = demo.report(time.monotonic() - started)
+        status = demo.report()
     _print_next_commands(options.db)
     return status
 
 
-# -- worker --
+# -- worker, enqueue --
 
 
 def _import_registry(name: str) -> Any:
     """Return the registry that the operator named as MODULE:ATTRIBUTE."""
+    import importlib
+
     module, _, attribute = name.partition(":")
     if not module or not attribute:
         raise _CommandError(f"--app must be MODULE:REGISTRY, not {name!r}")
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
+    sys.path.insert(0, os.getcwd())
     try:
-        found = importlib.import_module(module)
-        for part in attribute.split("."):
-            found = getattr(found, part)
-    except Exception as error:
+        return getattr(importlib.import_module(module), attribute)
+    except (Exception, SystemExit) as error:
         reason = f"{type(error).__name__}: {error}"
         last = traceback.extract_tb(error.__traceback__)[-1]
         if last.filename != __file__ and os.path.exists(last.filename):
             reason += f" ({os.path.basename(last.filename)}, line {last.lineno})"
         raise _CommandError(f"cannot import {name!r}: {reason}") from error
-    return found
 
 
 def _module_of(registry: object, name: str) -> Any:
@@ -9455,110 +9240,70 @@ def _given(options: argparse.Namespace, *names: str) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value is not None}
 
 
-@_command(
-    "worker",
-    "jobs.db --app myapp.tasks:registry --queues mail,default --processes 2",
-    _FILE,
-    _option(
-        "--app", "the TaskRegistry to import", metavar="MODULE:REGISTRY", required=True
-    ),
-    _option(
-        "--queues",
-        "in order of preference",
-        metavar="A,B",
-        type=_parse_names,
-    ),
-    _option("--concurrency", "tasks at once", metavar="N", type=_parse_count),
-    _option("--processes", "child processes", metavar="N", type=_parse_count),
-    _option("--name", "of this worker, as others see it"),
-    _option("--lease", "of a claim", metavar="SECONDS", type=float),
-    _option("--grace", "for running tasks at the end", metavar="SECONDS", type=float),
-    _option("--until-empty", "stop when no task is left", action="store_true"),
-    _option("--max-tasks", "stop after so many", metavar="N", type=_parse_count),
-    _option(
-        "--log-level",
-        "(default: info)",
-        choices=["debug", "info", "warning", "error"],
-        default="info",
-    ),
-    _EVENTS,
-)
 def _run_worker(options: argparse.Namespace) -> int:
-    """Run the tasks of a file until stopped by Ctrl-C or SIGTERM."""
+    """Run the tasks of a file until stopped by Ctrl-C or SIGTERM.
+
+    Events are logged if the file holds some.
+    """
     registry = _import_registry(options.app)
     module = _module_of(registry, options.app)
     log = partial(_log_to_terminal, options.log_level)
-    terms = _given(options, "queues", "concurrency", "lease", "grace", "name")
-    events = _logs_events(options)
+    terms = _given(options, "concurrency", "lease", "grace", "name")
+    if options.queues:
+        terms["queues"] = options.queues.split(",")
+    events = _logs_events(options.file)
     with log(), module.SQLiteBackend(options.file, events=events) as backend:
         worker = module.Worker(backend, registry, lifespan=log, **terms)
-        status: int = worker.run(
-            until_empty=options.until_empty,
-            **_given(options, "max_tasks", "processes"),
-        )
+        limits = _given(options, "max_tasks", "processes")
+        status: int = worker.run(until_empty=options.until_empty, **limits)
     return status
 
 
-# -- enqueue --
+def _parse_value(text: str) -> Any:
+    """Return `text` as JSON, or else as it is; nothing is ever evaluated."""
+    try:
+        return json.loads(text, parse_constant=str)
+    except (ValueError, RecursionError):
+        return text
 
 
-@_command(
-    "enqueue",
-    "jobs.db thumbnail a.png 128 --kwargs '{\"crop\": true}' --delay 60",
-    _FILE,
-    _option("func", "a name that the worker knows", metavar="FUNC"),
-    _option("args", "JSON, or else a plain string", metavar="ARG", nargs="*"),
-    _option("--kwargs", "a JSON object", metavar="JSON", type=_parse_object),
-    _option("--queue", "(default: default)"),
-    _option("--priority", "higher first", metavar="N", type=int),
-    _option("--delay", "not before", metavar="SECONDS", type=float, default=0.0),
-    _option("--max-attempts", "(default: 3)", metavar="N", type=_parse_count),
-    _option("--retry-delay", "(default: 1)", metavar="SECONDS", type=float),
-    _option("--timeout", "of one attempt", metavar="SECONDS", type=float),
-    _option("--unique-key", "add nothing while a task holds it", metavar="KEY"),
-    _EVENTS,
-)
 def _run_enqueue(options: argparse.Namespace) -> int:
-    """Add a task and print its id; an argument is JSON or else a plain string."""
-    terms = _given(
-        options,
-        "kwargs",
-        "queue",
-        "priority",
-        "max_attempts",
-        "retry_delay",
-        "timeout",
-        "unique_key",
-    )
+    """Add a task and print its id; an argument is JSON or else a plain string.
+
+    Events are logged if the file holds some.
+    """
+    names = ["kwargs", "queue", "priority", "max_attempts", "retry_delay"]
+    terms = _given(options, *names, "timeout", "unique_key")
     task = Task(options.func, tuple(map(_parse_value, options.args)), **terms)
-    with SQLiteBackend(options.file, events=_logs_events(options)) as backend:
+    with SQLiteBackend(options.file, events=_logs_events(options.file)) as backend:
         task_id = backend.enqueue(task, delay=options.delay)
-    _say(_printable(task_id))
+    print(_printable(task_id))
     if task_id != task.id:
         _note(f"nothing added: this task holds the key {task.unique_key!r}")
     return 0
 
 
-# -- stats --
+# -- stats, list, show, events --
 
 
-@_command("stats", "jobs.db", _FILE, _JSON)
 def _run_stats(options: argparse.Namespace) -> int:
     """Show how many tasks each queue has in which status, and the workers."""
-    _check_holds(options.file, "queue")
+    _components(options.file, "queue")
     with SQLiteQueue(options.file) as queue:
         queues, workers = queue.stats(), queue.list_workers()
     if not queues and not workers:
         return _nothing_found("tasks", options)
     if options.json:
-        _print_json({"kind": "queue", **_to_record(stats)} for stats in queues)
-        _print_json({"kind": "worker", **_to_record(worker)} for worker in workers)
+        for stats in queues:
+            _print_json({"kind": "queue", **_as_json(stats)})
+        for worker in workers:
+            _print_json({"kind": "worker", **_as_json(worker)})
         return 0
     if queues:
         headers = ["queue", *TaskStatus, "paused", "oldest"]
         _print_table(headers, list(map(_row_of_queue, queues)))
     if queues and workers:
-        _say()
+        print()
     if workers:
         headers = ["worker", "host", "pid", "queues", "running", "seen"]
         _print_table(headers, list(map(_row_of_worker, workers)))
@@ -9567,32 +9312,18 @@ def _run_stats(options: argparse.Namespace) -> int:
 
 def _row_of_queue(stats: QueueStats) -> list[object]:
     depth = [getattr(stats, status) for status in TaskStatus]
-    age = _show_age(stats.oldest_pending_at)
-    return [stats.queue, *depth, stats.paused or None, age]
+    paused = "yes" if stats.paused else ""
+    return [stats.queue, *depth, paused, _age_of(stats.oldest_pending_at)]
 
 
 def _row_of_worker(w: WorkerInfo) -> list[object]:
-    seen = _show_age(w.seen_at)
-    return [w.name, w.host, str(w.pid), ", ".join(w.queues), w.running, seen]
+    queues = ", ".join(w.queues)
+    return [w.name, w.host, str(w.pid), queues, w.running, _age_of(w.seen_at)]
 
 
-# -- list --
-
-
-@_command(
-    "list",
-    "jobs.db --status failed --func thumbnail",
-    _FILE,
-    _QUEUE,
-    _option("--status", "only this status", choices=list(TaskStatus)),
-    _option("--func", "only this function"),
-    _option("--limit", "(default: 100)", metavar="N", type=_parse_count, default=100),
-    _option("--offset", "leave out the first", metavar="N", type=int, default=0),
-    _JSON,
-)
 def _run_list(options: argparse.Namespace) -> int:
     """List tasks in the order in which they were enqueued."""
-    _check_holds(options.file, "queue")
+    _components(options.file, "queue")
     with SQLiteQueue(options.file) as queue:
         tasks = queue.list_tasks(
             queue=options.queue,
@@ -9605,7 +9336,8 @@ def _run_list(options: argparse.Namespace) -> int:
     if not shown:
         return _nothing_found("such tasks", options)
     if options.json:
-        _print_json(map(_to_record, shown))
+        for task in shown:
+            _print_json(task)
     else:
         headers = ["id", "status", "queue", "try", "age", "call", "error"]
         _print_table(headers, list(map(_row_of_task, shown)))
@@ -9617,23 +9349,13 @@ def _run_list(options: argparse.Namespace) -> int:
 def _row_of_task(task: Task) -> list[object]:
     values = [*map(repr, task.args), *(f"{k}={v!r}" for k, v in task.kwargs.items())]
     call = _shorten(f"{task.func}({', '.join(values)})", 200)
-    age, error = _show_age(task.created_at), _shorten(task.error or "", 200)
+    age, error = _age_of(task.created_at), _shorten(task.error or "", 200)
     return [task.id, task.status, task.queue, task.attempt, age, call, error]
 
 
-# -- show --
-
-
-@_command(
-    "show",
-    "jobs.db 0197c0de5f2e7a10b1c2d3e4f5061728",
-    _FILE,
-    _option("id", "of the task", metavar="ID"),
-    _JSON,
-)
 def _run_show(options: argparse.Namespace) -> int:
     """Show the whole life of a task: payload, attempts, events, result, traceback."""
-    found = _check_holds(options.file, "queue", "results", "events")
+    found = _components(options.file, "queue", "results", "events")
     task, result, events = None, None, list[TaskEvent]()
     if "queue" in found:
         with SQLiteQueue(options.file) as queue:
@@ -9647,72 +9369,37 @@ def _run_show(options: argparse.Namespace) -> int:
     if not task and not result and not events:
         return _nothing_found(f"task {options.id!r}", options)
     if options.json:
-        record = {
-            "task": task and _to_record(task),
-            "result": result and _to_record(result),
-            "events": list(map(_to_record, events)),
-        }
-        _print_json([record])
-    else:
-        _print_life(task, result, events)
-    return 0
-
-
-def _print_life(
-    task: Task | None, result: TaskResult | None, events: Sequence[TaskEvent]
-) -> None:
+        _print_json({"task": task, "result": result, "events": events})
+        return 0
     if task is not None:
-        _say("TASK")
-        _print_facts(_facts_of(task))
+        print("TASK")
+        _print_facts(task)
     if events:
-        _say("\nEVENTS" if task else "EVENTS")
+        print("EVENTS")
         rows = [(e.at, e.type, e.worker, e.message) for e in events]
         _print_table(["at", "event", "worker", "message"], rows)
     if result is not None:
-        _say("\nRESULT" if task or events else "RESULT")
-        _print_facts(_facts_of(result))
+        print("RESULT")
+        _print_facts(result)
         for line in (result.traceback or "").splitlines():
-            _say(_printable(line))
+            print(_printable(line))
+    return 0
 
 
-def _facts_of(value: Task | TaskResult) -> Iterator[tuple[str, object]]:
-    """Yield the fields that say something; payloads as they are written in Python."""
-    for item in fields(value):
-        content = getattr(value, item.name)
-        if item.name == "traceback" or content is None or content in ((), {}):
-            continue
-        if item.name in ("args", "kwargs", "metadata", "progress", "value"):
-            content = repr(content)
-        yield item.name, content
-
-
-# -- events --
-
-
-@_command(
-    "events",
-    "jobs.db --type failed --since 2h --follow",
-    _FILE,
-    _option("--task", "only this task", metavar="ID"),
-    _QUEUE,
-    _option("--type", "only this type, such as failed"),
-    _option("--since", "an instant or an age", metavar="WHEN", type=_parse_instant),
-    _option("--until", "an instant or an age", metavar="WHEN", type=_parse_instant),
-    _option("--limit", "(default: 100)", metavar="N", type=_parse_count, default=100),
-    _option("--follow", "wait for more, until Ctrl-C", action="store_true"),
-    _JSON,
-)
 def _run_events(options: argparse.Namespace) -> int:
     """Show the last events; with --follow also what happens from now on."""
-    _check_holds(options.file, "events")
+    _components(options.file, "events")
+    filters: dict[str, Any] = {
+        "task_id": options.task,
+        "queue": options.queue,
+        "type": options.type,
+    }
     with SQLiteEventStorage(options.file) as events:
         # It begins before the last ones are read: what is logged between the two
         # is seen twice and shown once.
         following = events.follow() if options.follow else ()
         last = events.query(
-            task_id=options.task,
-            queue=options.queue,
-            type=options.type,
+            **filters,
             since=options.since,
             until=options.until,
             limit=options.limit,
@@ -9722,28 +9409,117 @@ def _run_events(options: argparse.Namespace) -> int:
             _print_event(event, options)
         shown = {event.id for event in last}
         for event in following:
-            if event.id not in shown and _is_wanted(event, options):
+            fits = all(v in (None, getattr(event, k)) for k, v in filters.items())
+            if fits and event.id not in shown:
                 _print_event(event, options)
     return 0 if last else _nothing_found("such events", options)
 
 
-def _is_wanted(event: TaskEvent, options: argparse.Namespace) -> bool:
-    return (
-        options.task in (None, event.task_id)
-        and options.queue in (None, event.queue)
-        and options.type in (None, event.type)
-    )
-
-
 def _print_event(event: TaskEvent, options: argparse.Namespace) -> None:
     if options.json:
-        _print_json([_to_record(event)])
+        _print_json(event)
     else:
         parts = (event.at, event.type, event.queue, event.task_id, event.worker)
-        line = "  ".join(map(_show_value, parts))
-        _say(_printable(f"{line}  {event.message}".rstrip()))
+        text = "  ".join(map(_show_cell, (*parts, event.message)))
+        print(text.rstrip())
     if options.follow:
         sys.stdout.flush()
+
+
+# -- options --
+
+
+def _parse_count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise _CommandError(f"a count must be a number from 1, not {text!r}")
+    return int(text)
+
+
+def _parse_instant(text: str) -> datetime:
+    """Return an ISO 8601 instant, in local time unless it says, or an age as one."""
+    units = {"s": 1, "m": 60, "h": 3_600, "d": 86_400}
+    try:
+        if text[-1:] in units:
+            return _now() - timedelta(seconds=float(text[:-1]) * units[text[-1]])
+        return datetime.fromisoformat(text).astimezone()
+    except (ValueError, OverflowError, OSError):
+        rule = "an instant such as 2026-01-31T12:00, or an age such as 90s, 10m, 2h, 7d"
+        raise _CommandError(f"a time must be {rule}, not {text!r}") from None
+
+
+_Terms = dict[str, Any]  # of argparse's `add_argument`
+_COUNT: _Terms = {"metavar": "N", "type": _parse_count}
+_FLAG: _Terms = {"action": "store_true"}
+_SECONDS: _Terms = {"metavar": "SECONDS", "type": float}
+_WHEN: _Terms = {"metavar": "WHEN", "type": _parse_instant}
+
+# Each option means the same in all commands.
+_OPTIONS: dict[str, _Terms] = {
+    "file": {"metavar": "FILE", "help": "the database"},
+    "folder": {"metavar": "FOLDER", "help": "where the files are"},
+    "id": {"metavar": "ID", "help": "of the task"},
+    "func": {"metavar": "FUNC", "help": "a name that the worker knows"},
+    "args": {"metavar": "ARG", "nargs": "*", "help": "JSON, or else a plain string"},
+    "--app": {"metavar": "MODULE:REGISTRY", "required": True, "help": "the functions"},
+    "--concurrency": {**_COUNT, "help": "tasks at once"},
+    "--db": {"metavar": "FILE", "default": "omniq-demo.db", "help": "the database"},
+    "--delay": {**_SECONDS, "default": 0.0, "help": "not before"},
+    "--follow": {**_FLAG, "help": "wait for more, until Ctrl-C"},
+    "--func": {"help": "only this function"},
+    "--grace": {**_SECONDS, "help": "for running tasks at the end"},
+    "--json": {**_FLAG, "help": "print an object a line"},
+    "--kwargs": {"metavar": "JSON", "type": _parse_value, "help": "an object"},
+    "--lease": {**_SECONDS, "help": "of a claim"},
+    "--limit": {**_COUNT, "default": 100, "help": "at the most"},
+    "--log-level": {"default": "info", "help": "debug, info, warning or error"},
+    "--max-attempts": {**_COUNT, "help": "before it has failed"},
+    "--max-tasks": {**_COUNT, "help": "stop after so many"},
+    "--name": {"help": "of this worker, as others see it"},
+    "--offset": {"metavar": "N", "type": int, "default": 0, "help": "skip the first"},
+    "--priority": {"metavar": "N", "type": int, "help": "higher first"},
+    "--processes": {**_COUNT, "help": "child processes"},
+    "--queue": {"help": "this queue"},
+    "--queues": {"metavar": "A,B", "help": "in order of preference"},
+    "--retry-delay": {**_SECONDS, "help": "before the first retry"},
+    "--since": {**_WHEN, "help": "an instant, or an age such as 10m"},
+    "--status": {"choices": list(TaskStatus), "help": "only this status"},
+    "--task": {"metavar": "ID", "help": "only this task"},
+    "--timeout": {**_SECONDS, "help": "of one attempt"},
+    "--type": {"help": "only this type, such as failed"},
+    "--unique-key": {"metavar": "KEY", "help": "add nothing while a task holds it"},
+    "--until": {**_WHEN, "help": "an instant, or an age such as 10m"},
+    "--until-empty": {**_FLAG, "help": "stop when no task is left"},
+    "--workers": {**_COUNT, "default": os.cpu_count() or 1, "help": "processes"},
+}
+
+# What runs it (its docstring is the help), its options, and an example.
+_COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], int], str, str]] = {
+    "demo": (_run_demo, "folder --db --workers", "~/Pictures --workers 4"),
+    "worker": (
+        _run_worker,
+        """file --app --queues --concurrency --processes --name --lease --grace
+        --until-empty --max-tasks --log-level""",
+        "jobs.db --app myapp.tasks:registry --queues mail,default --processes 2",
+    ),
+    "enqueue": (
+        _run_enqueue,
+        """file func args --kwargs --queue --priority --delay --max-attempts
+        --retry-delay --timeout --unique-key""",
+        "jobs.db thumbnail a.png 128 --kwargs '{\"crop\": true}' --delay 60",
+    ),
+    "stats": (_run_stats, "file --json", "jobs.db"),
+    "list": (
+        _run_list,
+        "file --queue --status --func --limit --offset --json",
+        "jobs.db --status failed --func thumbnail",
+    ),
+    "show": (_run_show, "file id --json", "jobs.db 0197c0de5f2e7a10b1c2d3e4f5061728"),
+    "events": (
+        _run_events,
+        "file --task --queue --type --since --until --limit --follow --json",
+        "jobs.db --type failed --since 2h --follow",
+    ),
+}
 
 
 # -- main --
@@ -9760,17 +9536,18 @@ def _build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for name, (run, about, example, options) in _commands.items():
+    for name, (run, options, example) in _COMMANDS.items():
+        about = inspect.getdoc(run) or ""
         command = commands.add_parser(
             name,
             help=about.partition(".\n")[0].rstrip("."),
-            description=inspect.cleandoc(about),
+            description=about,
             epilog=f"example:\n  {_program()} {name} {example}",
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         command.set_defaults(run=run)
-        for option, terms in options:
-            command.add_argument(option, **terms)
+        for option in options.split():
+            command.add_argument(option, **_OPTIONS[option])
     return parser
 
 
@@ -9786,15 +9563,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     status = 0
     try:
         status = _run_command(argv)
-        _flush()
-    except _ReaderLeftError:
+        print(end="", flush=True)
+    except BrokenPipeError:  # whoever reads it has seen enough: `| head`
         _discard_output()
     except KeyboardInterrupt:
         status = 130
-    except Exception as error:  # never a traceback
-        logger.debug("the command failed", exc_info=True)
+    except Exception as error:
         text = str(error)
-        if not isinstance(error, (OmniQError, OSError, ValueError, _CommandError)):
+        if not isinstance(error, (OmniQError, OSError, ValueError)):
             text = f"{type(error).__name__}: {text}"
         _discard_output()
         _note(f"{_program()}: {text}")
@@ -9811,19 +9587,11 @@ def _run_command(argv: Sequence[str] | None) -> int:
     return status
 
 
-def _flush() -> None:
-    try:
-        if sys.stdout is not None:
-            sys.stdout.flush()
-    except BrokenPipeError:
-        raise _ReaderLeftError from None
-
-
 def _discard_output() -> None:
     """Let what is still buffered not fail once more when the interpreter ends."""
     try:
-        _flush()
-    except (OSError, _ReaderLeftError):
+        print(end="", flush=True)
+    except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 

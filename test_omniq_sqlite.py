@@ -1,4 +1,4 @@
-"""The test suite: the contract on both twins, then attacks, worker, commands, README."""
+"""The test suite: the contract on both twins, attacks, worker, commands, README."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import contextlib
 import contextvars
 import dataclasses
 import enum
+import functools
+import gc
 import gzip
 import hashlib
 import http
@@ -20,10 +22,12 @@ import multiprocessing
 import os
 import pickle
 import pty
+import random
 import re
 import shutil
 import signal
 import sqlite3
+import stat
 import subprocess
 import sys
 import textwrap
@@ -47,7 +51,7 @@ from datetime import time as clock_time
 from decimal import Decimal
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn, cast
+from typing import Any, ClassVar, NoReturn, cast
 from uuid import UUID
 from zoneinfo import ZoneInfo
 
@@ -66,6 +70,7 @@ from omniq_sqlite import (
     AsyncSQLiteResultStorage,
     AsyncWorker,
     CorruptDatabaseError,
+    DatabaseAccessError,
     DatabaseBusyError,
     DatabaseFullError,
     DatabaseReplacedError,
@@ -149,7 +154,7 @@ async def aside(method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     def run() -> None:
         try:
             future.set_result(method(*args, **kwargs))
-        except BaseException as error:  # noqa: BLE001 -- delivered to who awaits
+        except BaseException as error:
             future.set_exception(error)
 
     threading.Thread(target=run, daemon=True).start()
@@ -158,7 +163,7 @@ async def aside(method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 
 def pickled(thing: Any) -> Any:
     """Return what another process would get."""
-    return pickle.loads(pickle.dumps(thing))  # noqa: S301 -- our own bytes
+    return pickle.loads(pickle.dumps(thing))
 
 
 def started(awaitable: Awaitable[Any]) -> asyncio.Future[Any]:
@@ -5937,6 +5942,14 @@ HAS_BUG = omniq_sqlite._has_wal_reset_bug(sqlite3.sqlite_version_info)
 
 
 @pytest.fixture
+def nothing() -> None:
+    """Wake nobody."""
+
+
+def is_pending(queue: SQLiteQueue, count: int) -> bool:
+    return len(database_of(queue).pending) == count
+
+
 def connection_anyio_backend() -> str:
     return "asyncio"
 
@@ -5987,6 +6000,7 @@ def lock():
         stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     holder.stdout.readline()
     def unlock():
+        holder.kill()
         holder.communicate()
     return unlock
 
@@ -6123,8 +6137,8 @@ def brief(sql: str) -> str:
 class Spied(sqlite3.Connection):
     """A connection that writes down what it executes."""
 
-    log: list[str] = []
-    opened: list[sqlite3.Connection] = []
+    log: ClassVar[list[str]] = []
+    opened: ClassVar[list[sqlite3.Connection]] = []
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
@@ -6165,6 +6179,21 @@ async def soon(condition: Callable[[], object]) -> None:
         await asyncio.sleep(0.001)
 
 
+def all_in_line(thing: Any, count: int) -> None:
+    """Wait until so many operations are tried as one group, behind another's lock."""
+    database, groups = database_of(thing), [0]
+    look = database._look
+
+    def counting(connection: sqlite3.Connection) -> Any:
+        group = look(connection)
+        groups.append(len(group))
+        return group
+
+    database._look = counting
+    until(lambda: groups[-1] == count)
+    del database._look
+
+
 class Threads:
     """Threads whose failures fail the test, and which end in time."""
 
@@ -6176,7 +6205,7 @@ class Threads:
         def run() -> None:
             try:
                 function(*args)
-            except BaseException as error:  # noqa: BLE001 -- raised by `join`
+            except BaseException as error:
                 self.errors.append(error)
 
         thread = threading.Thread(target=run, daemon=True)
@@ -6405,6 +6434,3170 @@ class TestCosts:
             backend.complete(task, 42, enqueue=[Task("g")])
             assert spied.count("COMMIT") == 1
             assert spied.count("BEGIN IMMEDIATE") == 1
+
+
+# =============================================================================
+# Connection
+# =============================================================================
+
+
+def pragma(connection: sqlite3.Connection, name: str) -> Any:
+    return connection.execute(f"PRAGMA {name}").fetchone()[0]
+
+
+class TestSettings:
+    @pytest.fixture
+    def opened(self, path: str, spied: Any) -> Iterator[list[sqlite3.Connection]]:
+        """All connections of an object: the writer's, a reader's, the waiter's."""
+        with SQLiteQueue(path) as queue:
+            queue.enqueue(Task("f"))
+            queue.dequeue()
+            queue.dequeue(timeout=0.01)
+            assert len(Spied.opened) >= 3
+            yield Spied.opened
+
+    def test_the_file_is_in_wal_mode(self, path: str, opened: Any) -> None:
+        assert {pragma(c, "journal_mode") for c in opened} == {"wal"}
+
+    def test_foreign_keys_are_checked(self, opened: Any) -> None:
+        assert {pragma(c, "foreign_keys") for c in opened} == {1}
+
+    def test_sqlite_never_waits_itself(self, opened: Any) -> None:
+        assert {pragma(c, "busy_timeout") for c in opened} == {0}
+
+    def test_the_schema_is_not_trusted(self, opened: Any) -> None:
+        assert {pragma(c, "trusted_schema") for c in opened} == {0}
+
+    @pytest.mark.skipif(sys.version_info < (3, 12), reason="Python cannot set it")
+    def test_the_schema_cannot_be_written_to_by_hand(self, opened: Any) -> None:
+        for connection in opened:
+            connection.execute("PRAGMA writable_schema = ON")
+            with pytest.raises(sqlite3.OperationalError, match="may not be modified"):
+                connection.execute("DELETE FROM sqlite_schema")
+
+    def test_only_the_writer_can_write(self, opened: Any) -> None:
+        assert sorted(pragma(c, "query_only") for c in opened)[:2] == [0, 1]
+        assert [pragma(c, "query_only") for c in opened].count(0) == 1
+
+    def test_a_wal_that_was_reset_is_cut(self, opened: Any) -> None:
+        assert {pragma(c, "journal_size_limit") for c in opened} == {16_777_216}
+
+    def test_a_new_file_gives_pages_back_bit_by_bit(self, opened: Any) -> None:
+        assert {pragma(c, "auto_vacuum") for c in opened} == {2}
+
+    def test_a_file_of_the_application_keeps_its_own_settings(self, path: str) -> None:
+        with connection_raw(path) as connection:
+            connection.execute("CREATE TABLE invoice (id INTEGER PRIMARY KEY)")
+            connection.execute("PRAGMA user_version = 7")
+            connection.execute("PRAGMA application_id = 8")
+        with SQLiteBackend(path, events=True) as backend:
+            backend.enqueue(Task("f"))
+        with connection_raw(path) as connection:
+            assert pragma(connection, "user_version") == 7
+            assert pragma(connection, "application_id") == 8
+            assert pragma(connection, "auto_vacuum") == 0
+            assert pragma(connection, "journal_mode") == "wal"
+
+    def test_a_trigger_of_a_hostile_file_runs_no_function(
+        self, path: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        called = []
+
+        class Armed(sqlite3.Connection):
+            """As if the application had registered a function everywhere."""
+
+            def __init__(self, *args: Any, **options: Any) -> None:
+                super().__init__(*args, **options)
+                self.create_function("evil", 0, lambda: called.append("evil"))
+
+        with SQLiteQueue(path) as queue:
+            queue.enqueue(Task("f"))
+        with connection_raw(path, factory=Armed) as connection:
+            connection.execute(
+                "CREATE TRIGGER hostile AFTER INSERT ON omniq_task"
+                " BEGIN SELECT evil(); END"
+            )
+        factory = partial(sqlite3.connect, factory=Armed)
+        monkeypatch.setattr(omniq_sqlite, "_connection_factory", factory)
+        with SQLiteQueue(path) as queue, pytest.raises(OmniQError, match="unsafe use"):
+            queue.enqueue(Task("g"))
+        assert called == []
+        assert statuses(path) == ["pending"]
+
+    def test_an_old_library_is_refused(
+        self, path: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(sqlite3, "sqlite_version_info", (3, 36, 9))
+        with pytest.raises(UnsupportedSQLiteError):
+            SQLiteQueue(path).enqueue(Task("f"))
+        assert not os.path.exists(path)
+
+
+class TestFlushes:
+    """What must outlive a power cut is committed at FULL, the rest at NORMAL."""
+
+    @staticmethod
+    def settings_at_commit(log: list[str]) -> list[str]:
+        """Return the setting of `synchronous` at each commit."""
+        found, current = [], "?"
+        for line in log:
+            if line.startswith("PRAGMA synchronous = "):
+                current = line.rpartition(" ")[2]
+            elif line == "COMMIT":
+                found.append(current)
+        return found
+
+    def run(self, path: str, log: list[str], synchronous: str) -> list[str]:
+        with SQLiteQueue(path, synchronous=synchronous) as queue:
+            log.clear()
+            database_of(queue).synchronous = (None, "")  # the setting is seen again
+            queue.enqueue_many([Task("f"), Task("f"), Task("once", max_attempts=1)])
+            first = queue.dequeue()
+            second = queue.dequeue()
+            assert first is not None
+            assert second is not None
+            queue.extend(first)
+            queue.release(first)
+            first = queue.dequeue()
+            assert first is not None
+            queue.complete(first)
+            queue.fail(second, "e", retry=False)
+            assert queue.dequeue() is not None  # its last attempt
+            queue.cancel_all()
+            return self.settings_at_commit(log)
+
+    def test_a_claim_a_heartbeat_and_a_release_wait_for_no_disk(
+        self, path: str, spied: list[str]
+    ) -> None:
+        assert self.run(path, spied, "FULL") == [
+            "FULL",  # enqueue_many
+            *["NORMAL"] * 5,  # two claims, extend, release, claim
+            *["FULL"] * 4,  # complete, fail, the claim of a last attempt, cancel_all
+        ]
+
+    @pytest.mark.parametrize("synchronous", ["NORMAL", "OFF"])
+    def test_a_weaker_setting_holds_for_all(
+        self, path: str, spied: list[str], synchronous: str
+    ) -> None:
+        assert self.run(path, spied, synchronous) == [synchronous] * 10
+
+    def test_a_stronger_setting_holds_for_what_is_flushed(
+        self, path: str, spied: list[str]
+    ) -> None:
+        found = self.run(path, spied, "EXTRA")
+        assert found == ["EXTRA", *["NORMAL"] * 5, *["EXTRA"] * 4]
+
+    def test_a_group_with_one_durable_operation_is_flushed(
+        self, path: str, spied: list[str]
+    ) -> None:
+        threads = Threads()
+        with SQLiteQueue(path) as queue:
+            queue.enqueue(Task("f"))
+            database = database_of(queue)
+            spied.clear()
+            with connection_write_lock(path):
+                threads.start(queue.dequeue)
+                until(lambda: len(database.pending) == 1)
+                threads.start(queue.enqueue, Task("g"))
+                all_in_line(queue, 2)
+            threads.join()
+            assert self.settings_at_commit(["PRAGMA synchronous = FULL", *spied]) == [
+                "FULL"
+            ]
+
+    @pytest.mark.skipif(shutil.which("strace") is None, reason="needs strace")
+    def test_the_system_calls_agree(self, tmp_path: Path) -> None:
+        program = command(
+            """
+            queue = SQLiteQueue(path)
+            queue.enqueue_many([Task("f")] + [Task("f") for _ in range(99)])
+            os.write(2, b"MARK")
+            claimed = [queue.dequeue() for _ in range(20)]
+            os.write(2, b"MARK")
+            for task in claimed:
+                queue.complete(task)
+            os.write(2, b"MARK")
+            os._exit(0)
+            """,
+            tmp_path / "jobs.db",
+        )
+        calls = "trace=fsync,fdatasync,write"
+        traced = ["strace", "-f", "-o", str(tmp_path / "calls"), "-e", calls, *program]
+        done = subprocess.run(
+            traced, env=environment(), timeout=CONNECTION_DEADLINE, check=False
+        )
+        if done.returncode != 0:
+            pytest.skip("strace may not trace here")
+        parts = (tmp_path / "calls").read_text().split("MARK")
+        flushes = [part.count("fsync(") + part.count("fdatasync(") for part in parts]
+        assert flushes[0] > 0
+        assert flushes[1] == 0
+        assert flushes[2] >= 20
+
+
+class TestGroupCommit:
+    async def test_each_of_many_gets_its_own_answer_or_error(
+        self, path: str, spied: list[str]
+    ) -> None:
+        async with AsyncSQLiteQueue(path) as queue:
+            await queue.enqueue_many(
+                [Task("old", id="taken0"), Task("old", id="taken1")]
+            )
+            spied.clear()
+            tasks = [Task("f", id=f"new{i}") for i in range(98)]
+            tasks[30:30] = [Task("f", id="taken0"), Task("f", id="taken1")]
+            outcomes = await asyncio.gather(
+                *(queue.enqueue(task) for task in tasks), return_exceptions=True
+            )
+            for task, outcome in zip(tasks, outcomes, strict=True):
+                if task.id.startswith("taken"):
+                    assert isinstance(outcome, DuplicateTaskError)
+                    assert outcome.task_id == task.id
+                else:
+                    assert outcome == task.id
+            assert spied.count("COMMIT") <= 20
+            assert await queue.count_tasks() == 100
+
+    def test_threads_that_write_at_once_share_a_commit(
+        self, path: str, spied: list[str]
+    ) -> None:
+        threads = Threads()
+        with SQLiteQueue(path) as queue:
+            spied.clear()
+            with connection_write_lock(path):
+                for _ in range(16):
+                    threads.start(queue.enqueue, Task("f"))
+                all_in_line(queue, 16)
+            threads.join()
+            assert spied.count("COMMIT") == 1
+            assert queue.count_tasks() == 16
+
+    def test_one_that_fails_takes_nobody_along(self, path: str) -> None:
+        threads, lost = Threads(), []
+
+        def complete(queue: SQLiteQueue, task: Task) -> None:
+            try:
+                queue.complete(task)
+            except LeaseLostError as error:
+                lost.append(error.task_ids)
+
+        with SQLiteQueue(path) as queue:
+            queue.enqueue_many([Task("f", id=f"t{i}") for i in range(6)])
+            tasks = queue.dequeue_many(6)
+            queue.cancel("t2")
+            with connection_write_lock(path):
+                for task in tasks:
+                    threads.start(complete, queue, task)
+                all_in_line(queue, 6)
+            threads.join()
+            assert lost == [["t2"]]
+            assert statuses(path) == ["cancelled"]
+
+    @pytest.mark.parametrize("name", ["_MAX_GROUP", "_MAX_GROUP_SECONDS"])
+    def test_a_group_is_bounded_so_that_others_get_a_turn(
+        self, path: str, spied: list[str], monkeypatch: Any, name: str
+    ) -> None:
+        monkeypatch.setattr(omniq_sqlite, name, 1 if name == "_MAX_GROUP" else -1)
+        threads = Threads()
+        with SQLiteQueue(path, synchronous="OFF") as queue:
+            spied.clear()
+            with connection_write_lock(path):
+                for i in range(9):
+                    threads.start(queue.enqueue, Task("f", id=f"t{i}"))
+                    until(partial(is_pending, queue, i + 1))
+            threads.join()
+            assert spied.count("COMMIT") == 9
+            assert connection_fetch(path, "SELECT id FROM omniq_task ORDER BY seq") == [
+                f"t{i}" for i in range(9)
+            ]
+
+    def test_a_group_that_a_full_disk_ended_is_run_again_one_by_one(
+        self, path: str
+    ) -> None:
+        threads, full, ran = Threads(), [], []
+
+        def enqueue(queue: SQLiteQueue, text: str) -> None:
+            try:
+                ran.append(queue.enqueue(Task("f", (text,))))
+            except DatabaseFullError as error:
+                full.append(error)
+
+        with SQLiteQueue(path) as queue:
+            queue.enqueue(Task("f"))
+            [writer] = database_of(queue).writer.idle
+            pages = pragma(writer, "page_count") + 20
+            writer.execute(f"PRAGMA max_page_count = {pages}")
+            with connection_write_lock(path):
+                for i in range(10):
+                    threads.start(enqueue, queue, "x" * (200_000 if i == 4 else 10))
+                all_in_line(queue, 10)
+            threads.join()
+            assert len(full) == 1
+            assert len(ran) == 9
+            assert statuses(path) == ["pending"] * 10
+            writer.execute("PRAGMA max_page_count = 100000")
+            queue.enqueue(Task("f", ("x" * 200_000,)))  # the same object works on
+
+    def test_an_operation_that_waits_behind_a_lost_group_keeps_its_turn(
+        self, path: str
+    ) -> None:
+        """Requests that were put back stand before those that came later."""
+        with SQLiteQueue(path) as queue:
+            database = database_of(queue)
+            order: list[str] = []
+
+            def note(name: str, _: object) -> None:
+                order.append(name)
+
+            operation = omniq_sqlite._Operation
+            requests = [
+                omniq_sqlite._Request(operation(partial(note, n)), nothing)
+                for n in "abc"
+            ]
+            database.pending.extend(requests[2:])
+            for request in requests[:2]:
+                request.taken = True
+            database._put_back(requests[:2])
+            database.leader = requests[0]
+            requests[0].wake = requests[1].wake = requests[2].wake = lambda: None
+            database.serve()
+            database.hand_over()
+            assert order == ["a", "b", "c"]
+
+    async def test_a_blocking_leader_hands_over_to_an_async_caller(
+        self, path: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(omniq_sqlite, "_MAX_GROUP", 1)
+        threads = Threads()
+        blocking = SQLiteBackend(path, queue=SQLiteQueue(path))
+        shared = blocking.to_async()
+        database = database_of(blocking.queue)
+        with connection_write_lock(path):
+            threads.start(blocking.enqueue, Task("f"))
+            await soon(lambda: len(database.pending) == 1)
+            second = asyncio.ensure_future(shared.enqueue(Task("g")))
+            await soon(lambda: len(database.pending) == 2)
+            threads.start(blocking.enqueue, Task("h"))
+            await soon(lambda: len(database.pending) == 3)
+        await asyncio.wait_for(second, CONNECTION_DEADLINE)
+        await asyncio.to_thread(threads.join)
+        assert connection_fetch(
+            path, "SELECT func FROM omniq_task ORDER BY seq"
+        ) == list("fgh")
+        blocking.queue.close()
+        await shared.close()
+        blocking.close()
+
+    def test_an_error_keeps_what_caused_it(self, path: str) -> None:
+        with SQLiteQueue(path) as queue:
+            queue.enqueue(Task("f", id="t"))
+            with pytest.raises(DuplicateTaskError) as caught:
+                queue.enqueue(Task("f", id="t"))
+            assert isinstance(caught.value.__cause__, sqlite3.IntegrityError)
+
+
+class TestBusyFile:
+    @pytest.mark.parametrize("form", ["blocking", "async"])
+    async def test_a_write_that_waited_long_enough_changed_nothing(
+        self, path: str, form: str
+    ) -> None:
+        made = SQLiteQueue if form == "blocking" else AsyncSQLiteQueue
+        queue = made(path, busy_timeout=0.2)
+
+        async def enqueue() -> object:
+            if isinstance(queue, SQLiteQueue):
+                return await asyncio.to_thread(queue.enqueue, Task("f"))
+            return await queue.enqueue(Task("f"))
+
+        await enqueue()
+        with connection_write_lock(path):
+            began = time.monotonic()
+            with pytest.raises(DatabaseBusyError) as caught:
+                await enqueue()
+            assert 0.19 <= time.monotonic() - began < 5.0
+            assert 0.19 <= caught.value.waited < 5.0
+        assert statuses(path) == ["pending"]
+        await enqueue()
+        assert statuses(path) == ["pending"] * 2
+        closed = queue.close()
+        if closed is not None:
+            await closed
+
+    def test_a_write_goes_on_as_soon_as_the_lock_is_free(self, path: str) -> None:
+        threads = Threads()
+        with SQLiteQueue(path) as queue:
+            with connection_write_lock(path):
+                threads.start(queue.enqueue, Task("f"))
+                until(lambda: database_of(queue).pending)
+                time.sleep(0.3)
+                released = time.monotonic()
+            threads.join()
+            assert time.monotonic() - released < 2.0
+
+    async def test_reads_and_idle_looks_wait_for_no_writer(self, path: str) -> None:
+        with SQLiteQueue(path, busy_timeout=0.0) as queue:
+            queue.enqueue(Task("f", id="t"))
+            async with AsyncSQLiteQueue(path, busy_timeout=0.0) as other:
+                with connection_write_lock(path):
+                    assert queue.get_task("t") is not None
+                    assert queue.count_tasks() == 1
+                    assert queue.dequeue("empty") is None
+                    assert await other.get_task("t") is not None
+                    assert await other.dequeue("empty") is None
+                    with pytest.raises(DatabaseBusyError):
+                        queue.dequeue()
+
+    async def test_opening_a_file_that_is_up_to_date_waits_for_no_writer(
+        self, path: str
+    ) -> None:
+        SQLiteQueue(path).enqueue(Task("f"))
+        with connection_write_lock(path):
+            with SQLiteQueue(path, busy_timeout=0.0) as queue:
+                assert queue.count_tasks() == 1
+            async with AsyncSQLiteQueue(path, busy_timeout=0.0) as other:
+                assert await other.count_tasks() == 1
+
+    def test_what_waits_for_the_lock_looks_again(
+        self, path: str, spied: list[str]
+    ) -> None:
+        """Else it would claim by what it saw up to `busy_timeout` ago."""
+        threads = Threads()
+        with SQLiteQueue(path) as queue:
+            queue.enqueue(Task("f"))
+            with connection_write_lock(path):
+                threads.start(queue.dequeue)
+                until(lambda: spied.count("look") >= 5)
+            threads.join()
+            assert statuses(path) == ["running"]
+
+    def test_a_claim_that_finds_nothing_any_more_waits_no_longer(
+        self, path: str
+    ) -> None:
+        threads, got = Threads(), []
+        with SQLiteQueue(path, busy_timeout=CONNECTION_DEADLINE) as queue:
+            queue.enqueue(Task("f"))
+            with connection_raw(path, check_same_thread=False) as other:
+                other.execute("BEGIN IMMEDIATE")
+                threads.start(lambda: got.append(queue.dequeue()))
+                until(lambda: database_of(queue).pending)
+                other.execute("DELETE FROM omniq_task")
+                other.execute("COMMIT")
+                other.execute("BEGIN IMMEDIATE")
+                threads.join()
+        assert got == [None]
+
+
+PRODUCER = """
+queue = SQLiteQueue(path, synchronous="NORMAL")
+queue.enqueue(Task("ready", queue="other"))
+print("ready", flush=True)
+sys.stdin.readline()
+for number in range(int(arguments[0])):
+    time.sleep(float(arguments[1]))
+    queue.enqueue(Task("f", (time.monotonic(),)))
+queue.close()
+"""
+
+
+class TestWaking:
+    def latencies(self, programs: Programs, path: str, dequeue: Any) -> list[float]:
+        """Return how long after the start of a commit elsewhere a waiter had it."""
+        program = programs.start(PRODUCER, path, 30, 0.02)
+        assert programs.read(program) == "ready"
+        assert program.stdin is not None
+        program.stdin.write("\n")
+        program.stdin.flush()
+        found = []
+        for _ in range(30):
+            task = dequeue()
+            found.append(time.monotonic() - task.args[0])
+        programs.finish(program)
+        return sorted(found)
+
+    @pytest.mark.parametrize("form", ["blocking", "async"])
+    def test_a_waiter_wakes_within_milliseconds_of_a_commit_elsewhere(
+        self, programs: Programs, path: str, form: str
+    ) -> None:
+        if form == "blocking":
+            with SQLiteQueue(path) as queue:
+                self.judge(
+                    programs, path, partial(queue.dequeue, timeout=CONNECTION_DEADLINE)
+                )
+            return
+        with asyncio.Runner() as runner:
+            other = AsyncSQLiteQueue(path)
+            self.judge(
+                programs,
+                path,
+                lambda: runner.run(other.dequeue(timeout=CONNECTION_DEADLINE)),
+            )
+            runner.run(other.close())
+
+    def judge(self, programs: Programs, path: str, dequeue: Any) -> None:
+        """The best of some rounds counts: other programs use this machine, too."""
+        median = late = 0.0
+        for _ in range(6):
+            found = self.latencies(programs, path, dequeue)
+            median, late = found[len(found) // 2], found[int(len(found) * 0.95)]
+            if median <= 0.005 and late <= 0.020:
+                return
+        pytest.fail(f"median {median * 1e3:.1f} ms, 95 % {late * 1e3:.1f} ms")
+
+    def test_waiting_costs_less_than_two_percent_of_a_core(self, path: str) -> None:
+        threads = Threads()
+        with SQLiteQueue(path) as queue:
+            for _ in range(5):
+                threads.start(partial(queue.dequeue, timeout=None))
+            until(lambda: len(database_of(queue).watch.waiters) == 5)
+            self.judge_cost(time.sleep)
+        with pytest.raises(StorageClosedError):
+            threads.join()
+
+    async def test_waiting_in_a_loop_costs_as_little(self, path: str) -> None:
+        async with AsyncSQLiteQueue(path) as queue:
+            waiting = [
+                asyncio.ensure_future(queue.dequeue(timeout=None)) for _ in range(5)
+            ]
+            await soon(lambda: len(database_of(queue).watch.waiters) == 5)
+            self.judge_cost(time.sleep)  # the polling is another thread's
+        done = await asyncio.gather(*waiting, return_exceptions=True)
+        assert {type(error) for error in done} == {StorageClosedError}
+
+    @staticmethod
+    def judge_cost(sleep: Callable[[float], None]) -> None:
+        """On a busy machine a bare loop of sleeps costs more as well: five of those."""
+        used = 0.0
+        for _ in range(8):
+            began = time.process_time()
+            sleep(0.4)
+            used = time.process_time() - began
+            began = time.process_time()
+            for _ in range(int(0.4 / omniq_sqlite.POLL_INTERVAL)):
+                sleep(0.0001)
+            bare = time.process_time() - began
+            if used < 0.008 or used < 5 * bare:
+                return
+        pytest.fail(f"{used / 0.4:.1%} of a core")
+
+    def test_idle_waiters_take_no_write_lock(self, path: str, spied: list[str]) -> None:
+        threads = Threads()
+        with SQLiteQueue(path) as queue:
+            for _ in range(3):
+                threads.start(partial(queue.dequeue, "other", timeout=0.4))
+            until(lambda: len(database_of(queue).watch.waiters) == 3)
+            time.sleep(0.02)
+            spied.clear()
+            with connection_raw(path) as connection:
+                for _ in range(20):
+                    connection.execute("CREATE TABLE IF NOT EXISTS noise (x)")
+                    connection.execute("INSERT INTO noise VALUES (1)")
+                    time.sleep(0.005)
+            threads.join()
+            assert spied.count("look") >= 3
+            assert "BEGIN IMMEDIATE" not in spied
+
+    @pytest.mark.parametrize("where", ["file", "memory"])
+    def test_a_commit_of_the_same_object_wakes_without_a_poll(
+        self, path: str, where: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(omniq_sqlite, "POLL_INTERVAL", 60.0)
+        threads, got = Threads(), []
+        with SQLiteQueue(path if where == "file" else ":memory:") as queue:
+            threads.start(
+                lambda: got.append(queue.dequeue(timeout=CONNECTION_DEADLINE))
+            )
+            until(lambda: database_of(queue).watch.waiters)
+            time.sleep(0.02)
+            began = time.monotonic()
+            queue.enqueue(Task("f"))
+            threads.join()
+            assert time.monotonic() - began < 2.0
+            assert got[0] is not None
+            assert got[0].func == "f"
+
+    def test_when_the_one_that_polls_leaves_another_goes_on(self, path: str) -> None:
+        """Two leave at the same moment; the third must not wait for ever."""
+        threads, got = Threads(), []
+        with SQLiteQueue(path) as queue:
+            watch = database_of(queue).watch
+            for _ in range(8):
+                threads.start(partial(queue.dequeue, timeout=0.2))
+            threads.start(
+                lambda: got.append(queue.dequeue(timeout=CONNECTION_DEADLINE))
+            )
+            until(lambda: len(watch.waiters) == 9)
+            until(lambda: len(watch.waiters) == 1)
+            with SQLiteQueue(path) as other:
+                other.enqueue(Task("f"))
+            threads.join()
+            assert got[0] is not None
+            assert got[0].func == "f"
+
+    def test_every_waiter_that_leaves_may_be_the_last_that_polled(
+        self, path: str
+    ) -> None:
+        """The same, looking at the bell itself: no heir is trusted to go on."""
+        with SQLiteQueue(path) as queue:
+            watch = database_of(queue).watch
+            woken: list[str] = []
+            for name in ("leaving", "staying"):
+                waiter = omniq_sqlite._Waiter(None, partial(woken.append, name))
+                assert watch.register(waiter, watch.generation)
+            assert watch.take_over()
+            assert not watch.take_over()
+            watch.hand_over()
+            assert sorted(woken) == ["leaving", "staying"]
+            assert watch.take_over()
+
+    def test_what_happened_after_the_look_is_not_missed(self, path: str) -> None:
+        with SQLiteQueue(path) as queue:
+            watch = database_of(queue).watch
+            seen = watch.generation
+            queue.enqueue(Task("f"))
+            waiter = omniq_sqlite._Waiter(None, nothing)
+            assert not watch.register(waiter, seen)
+
+    @pytest.mark.parametrize("form", ["blocking", "async"])
+    async def test_a_clock_that_moves_is_seen_at_the_next_poll(
+        self, path: str, form: str
+    ) -> None:
+        now = [1e9]
+        if form == "async":
+            async with AsyncSQLiteQueue(path, clock=lambda: now[0]) as queue:
+                await queue.enqueue(Task("f"), delay=3600)
+                waiting = asyncio.ensure_future(
+                    queue.dequeue(timeout=CONNECTION_DEADLINE)
+                )
+                await asyncio.sleep(0.05)
+                now[0] += 3601
+                assert (await waiting) is not None
+            return
+        threads = Threads()
+        with SQLiteQueue(path, clock=lambda: now[0]) as other:
+            other.enqueue(Task("f"), delay=3600)
+            threads.start(partial(other.dequeue, timeout=CONNECTION_DEADLINE))
+            await soon(lambda: database_of(other).watch.waiters)
+            now[0] += 3601
+            await asyncio.to_thread(threads.join)
+            assert statuses(path) == ["running"]
+
+    def test_a_paused_queue_does_not_spin(self, path: str, spied: list[str]) -> None:
+        with SQLiteQueue(path) as queue:
+            queue.enqueue(Task("f"), delay=0.01)
+            queue.pause("default")
+            time.sleep(0.02)
+            spied.clear()
+            assert queue.dequeue(timeout=0.2) is None
+            assert spied.count("look") <= 5
+
+    def test_a_clock_that_fails_is_the_waiters_error(self, path: str) -> None:
+        broken = False
+
+        def clock() -> float:
+            if broken:
+                raise ZeroDivisionError
+            return 1e9
+
+        threads = Threads()
+        with SQLiteQueue(path, clock=clock) as queue:
+            queue.enqueue(Task("f"), delay=9)
+            threads.start(partial(queue.dequeue, timeout=CONNECTION_DEADLINE))
+            until(lambda: database_of(queue).watch.waiters)
+            broken = True
+            with pytest.raises(ZeroDivisionError):
+                threads.join()
+
+
+class TestClose:
+    def test_close_finishes_what_was_begun_and_refuses_what_comes(
+        self, path: str
+    ) -> None:
+        threads = Threads()
+        queue = SQLiteQueue(path)
+        queue.enqueue(Task("f"))
+        with connection_write_lock(path):
+            threads.start(queue.enqueue, Task("before"))
+            until(lambda: len(database_of(queue).pending) == 1)
+            threads.start(queue.close)
+            until(lambda: database_of(queue).closed_reason)
+            with pytest.raises(StorageClosedError):
+                queue.enqueue(Task("after"))
+            with pytest.raises(StorageClosedError):
+                queue.count_tasks()
+        threads.join()
+        assert connection_fetch(path, "SELECT func FROM omniq_task ORDER BY seq") == [
+            "f",
+            "before",
+        ]
+        assert not os.path.exists(path + "-wal")
+
+    def test_close_does_not_wait_for_threads_that_go_on_calling(
+        self, path: str
+    ) -> None:
+        threads, refused = Threads(), []
+
+        def hammer(queue: SQLiteQueue) -> None:
+            try:
+                while True:
+                    queue.enqueue(Task("f"))
+            except StorageClosedError as error:
+                refused.append(error)
+
+        queue = SQLiteQueue(path, synchronous="NORMAL")
+        for _ in range(6):
+            threads.start(hammer, queue)
+        until(lambda: os.path.exists(path) and len(database_of(queue).connections))
+        time.sleep(0.1)
+        began = time.monotonic()
+        queue.close()
+        assert time.monotonic() - began < 5.0
+        threads.join()
+        assert len(refused) == 6
+        assert not os.path.exists(path + "-wal")
+
+    async def test_async_close_does_neither(self, path: str) -> None:
+        queue = AsyncSQLiteQueue(path, synchronous="NORMAL")
+
+        async def hammer() -> int:
+            for count in range(1_000_000):
+                try:
+                    await queue.enqueue(Task("f"))
+                except StorageClosedError:
+                    return count
+            return 0
+
+        busy = [asyncio.ensure_future(hammer()) for _ in range(20)]
+        await asyncio.sleep(0.1)
+        await asyncio.wait_for(queue.close(), CONNECTION_DEADLINE)
+        acknowledged = sum(await asyncio.gather(*busy))
+        assert len(statuses(path)) == acknowledged > 20
+
+    @pytest.mark.parametrize("form", ["blocking", "async"])
+    async def test_close_wakes_everybody_who_waits(self, path: str, form: str) -> None:
+        if form == "async":
+            queue = AsyncSQLiteQueue(path)
+            waiting = [
+                asyncio.ensure_future(queue.dequeue(timeout=None)) for _ in range(5)
+            ]
+            await soon(lambda: len(database_of(queue).watch.waiters) == 5)
+            await queue.close()
+            done = await asyncio.gather(*waiting, return_exceptions=True)
+            assert [type(error) for error in done] == [StorageClosedError] * 5
+            return
+        threads = Threads()
+        other = SQLiteQueue(path)
+        for _ in range(5):
+            threads.start(partial(other.dequeue, timeout=None))
+        await soon(lambda: len(database_of(other).watch.waiters) == 5)
+        other.close()
+        with pytest.raises(StorageClosedError):
+            threads.join()
+        assert len(threads.errors) == 5
+
+    async def test_a_claim_that_is_given_back_while_closing_is_not_lost(
+        self, path: str
+    ) -> None:
+        queue = AsyncSQLiteQueue(path)
+        await queue.enqueue(Task("f"))
+        with connection_write_lock(path):
+            waiting = asyncio.ensure_future(queue.dequeue())
+            await soon(lambda: database_of(queue).pending)
+            closing = asyncio.ensure_future(queue.close())
+            await soon(lambda: database_of(queue).closed_reason)
+            waiting.cancel()
+            await asyncio.sleep(0.01)
+        await asyncio.wait_for(closing, CONNECTION_DEADLINE)
+        assert statuses(path) == ["pending"]
+
+    def test_an_object_that_is_forgotten_closes_its_connections(
+        self, path: str, spied: Any
+    ) -> None:
+        queue = SQLiteQueue(path)
+        queue.enqueue(Task("f"))
+        del queue
+        gc.collect()
+        for connection in Spied.opened:
+            with pytest.raises(sqlite3.ProgrammingError, match="closed"):
+                connection.execute("SELECT 1")
+
+    async def test_an_async_object_that_is_forgotten_ends_its_threads(
+        self, path: str
+    ) -> None:
+        queue = AsyncSQLiteQueue(path)
+        await queue.enqueue(Task("f"))
+        assert await queue.count_tasks() == 1
+        threads = [t._thread for t in database_of(queue).threads]
+        assert len(threads) == 2
+        del queue
+
+        def ended() -> bool:
+            gc.collect()  # again: a thread may hold its last request for a moment
+            return not any(thread.is_alive() for thread in threads)
+
+        await soon(ended)
+        assert not os.path.exists(path + "-wal")
+
+
+@POSIX
+class TestFork:
+    """Field note 6: what a child commits is gone unless connections are closed."""
+
+    def test_what_a_child_commits_stays_when_the_parent_closes_first(
+        self, path: str
+    ) -> None:
+        run_program(
+            """
+            queue = SQLiteQueue(path)
+            queue.enqueue(Task("parent"))
+            go, done = os.pipe(), os.pipe()
+            def child():
+                os.read(go[0], 1)
+                queue.enqueue(Task("child"))
+            pid = fork(child)
+            queue.close()
+            os.write(go[1], b"x")
+            join(pid)
+            assert rows() == ["child", "parent"], rows()
+            """,
+            path,
+        )
+
+    @pytest.mark.parametrize("last", ["child", "parent"])
+    def test_both_sides_open_again_and_go_on(self, path: str, last: str) -> None:
+        run_program(
+            """
+            queue = SQLiteQueue(path)
+            queue.enqueue(Task("before"))
+            pause = {"child": 0.0, "parent": 0.2}[arguments[0]]
+            pid = fork(lambda: (queue.enqueue(Task("child")), queue.count_tasks()))
+            time.sleep(pause)
+            queue.enqueue(Task("parent"))
+            join(pid)
+            queue.enqueue(Task("zzz"))
+            assert queue.count_tasks() == 4
+            assert rows() == ["before", "child", "parent", "zzz"], rows()
+            """,
+            path,
+            last,
+        )
+
+    def test_no_connection_is_open_during_a_fork(self, path: str) -> None:
+        run_program(
+            """
+            queue = SQLiteQueue(path)
+            queue.enqueue(Task("f"))
+            queue.dequeue("none", timeout=0.01)
+            database = queue._async._gateway.database
+            assert len(database.connections) >= 2
+            def child():
+                assert database.connections == set()
+                here = os.path.realpath(path)
+                held = [os.path.realpath(f"/proc/self/fd/{n}") for n in
+                        os.listdir("/proc/self/fd")] if os.path.isdir("/proc") else []
+                assert not any(name.startswith(here) for name in held), held
+            join(fork(child))
+            """,
+            path,
+        )
+
+    def test_a_fork_before_the_first_use(self, path: str) -> None:
+        run_program(
+            """
+            queue = SQLiteQueue(path)
+            pids = [fork(lambda: queue.enqueue(Task("child"))) for _ in range(4)]
+            queue.enqueue(Task("parent"))
+            join(*pids)
+            assert rows() == ["child"] * 4 + ["parent"], rows()
+            """,
+            path,
+        )
+
+    def test_forks_while_other_threads_are_inside_transactions(self, path: str) -> None:
+        """Nothing is lost, nothing written twice, and no fork is starved."""
+        run_program(
+            """
+            queue = SQLiteQueue(path, synchronous="NORMAL")
+            stop, counts = threading.Event(), []
+            def hammer(name):
+                count = 0
+                while not stop.is_set():
+                    queue.enqueue(Task(name))
+                    queue.count_tasks()
+                    count += 1
+                counts.append(count)
+            threads = [threading.Thread(target=hammer, args=("thread",))
+                       for _ in range(4)]
+            for thread in threads:
+                thread.start()
+            pids, slowest = [], 0.0
+            for _ in range(15):
+                began = time.monotonic()
+                pids.append(fork(lambda: queue.enqueue(Task("child"))))
+                slowest = max(slowest, time.monotonic() - began)
+                time.sleep(0.01)
+            join(*pids)
+            stop.set()
+            for thread in threads:
+                thread.join()
+            assert slowest < 3.0, slowest
+            found = rows()
+            assert found.count("child") == 15, found.count("child")
+            assert found.count("thread") == sum(counts) > 0
+            """,
+            path,
+        )
+
+    def test_a_child_does_not_write_what_threads_of_the_parent_wait_to_write(
+        self, path: str
+    ) -> None:
+        run_program(
+            """
+            queue = SQLiteQueue(path)
+            queue.enqueue(Task("first"))
+            unlock = lock()
+            threads = [threading.Thread(target=queue.enqueue, args=(Task("thread"),))
+                       for _ in range(8)]
+            for thread in threads:
+                thread.start()
+            database = queue._async._gateway.database
+            while len(database.pending) < 8:
+                time.sleep(0.001)
+            def child():
+                assert len(database.pending) == 0
+                queue.enqueue(Task("child"))
+            pid = fork(child)
+            time.sleep(0.1)
+            unlock()
+            for thread in threads:
+                thread.join()
+            join(pid)
+            assert rows() == ["child", "first"] + ["thread"] * 8, rows()
+            """,
+            path,
+        )
+
+    def test_inside_a_running_loop_with_async_and_blocking_objects_open(
+        self, path: str
+    ) -> None:
+        run_program(
+            """
+            async def main():
+                blocking = SQLiteQueue(path, synchronous="NORMAL")
+                async with AsyncSQLiteQueue(path, synchronous="NORMAL") as queue:
+                    busy = [asyncio.ensure_future(queue.enqueue(Task("task")))
+                            for _ in range(50)]
+                    waiting = asyncio.ensure_future(queue.dequeue("w", timeout=None))
+                    await asyncio.sleep(0.01)
+                    blocking.enqueue(Task("blocking"))
+                    def child():
+                        blocking.enqueue(Task("child blocking"))
+                        async def again():
+                            await queue.enqueue(Task("child async"))
+                            assert await queue.dequeue("none", timeout=0.02) is None
+                            await queue.close()
+                        asyncio.run(again())
+                    pids = []
+                    for _ in range(3):
+                        pids.append(fork(child))
+                        await asyncio.sleep(0.005)
+                    await asyncio.gather(*busy)
+                    await asyncio.to_thread(join, *pids)
+                    await queue.enqueue(Task("w", queue="w"))
+                    assert (await asyncio.wait_for(waiting, 10)).func == "w"
+                blocking.close()
+            asyncio.run(main())
+            found = rows()
+            assert found == (["blocking"] + ["child async"] * 3
+                + ["child blocking"] * 3 + ["task"] * 50 + ["w"]), found
+            """,
+            path,
+        )
+
+    def test_an_async_object_whose_loop_has_ended_stops_no_fork(
+        self, path: str
+    ) -> None:
+        run_program(
+            """
+            queue = AsyncSQLiteQueue(path)
+            asyncio.run(queue.enqueue(Task("first")))
+            join(fork(lambda: asyncio.run(queue.enqueue(Task("child")))))
+            asyncio.run(queue.enqueue(Task("parent")))
+            assert rows() == ["child", "first", "parent"], rows()
+            """,
+            path,
+        )
+
+    def test_an_async_writer_that_waits_for_the_lock_stops_no_fork(
+        self, path: str
+    ) -> None:
+        run_program(
+            """
+            async def main():
+                queue = AsyncSQLiteQueue(path)
+                await queue.enqueue(Task("first"))
+                unlock = lock()
+                waiting = asyncio.ensure_future(queue.enqueue(Task("waited")))
+                await asyncio.sleep(0.05)
+                began = time.monotonic()
+                pid = fork(lambda: None)
+                assert time.monotonic() - began < 2.0
+                unlock()
+                await asyncio.wait_for(waiting, 10)
+                join(pid)
+                await queue.close()
+            asyncio.run(main())
+            assert rows() == ["first", "waited"], rows()
+            """,
+            path,
+        )
+
+    def test_open_in_a_master_and_use_in_workers(self, path: str) -> None:
+        """As gunicorn does with --preload: each task is worked by one worker."""
+        run_program(
+            """
+            queue = SQLiteQueue(path, synchronous="NORMAL")
+            queue.enqueue_many([Task(f"t{i:03}") for i in range(100)])
+            def worker():
+                while (task := queue.dequeue()) is not None:
+                    os.write(log, task.func.encode() + b"\\n")
+                    queue.complete(task)
+            log = os.open(arguments[0], os.O_CREAT | os.O_APPEND | os.O_WRONLY)
+            pids = [fork(worker) for _ in range(3)]
+            join(*pids)
+            assert queue.count_tasks() == 0
+            with open(arguments[0]) as file:
+                assert sorted(file.read().split()) == [f"t{i:03}" for i in range(100)]
+            """,
+            path,
+            path + ".log",
+        )
+
+    @pytest.mark.parametrize("method", ["fork", "forkserver", "spawn"])
+    def test_every_way_in_which_multiprocessing_starts(
+        self, tmp_path: Path, path: str, method: str
+    ) -> None:
+        program = tmp_path / "program.py"
+        program.write_text(
+            textwrap.dedent(
+                """
+                import multiprocessing, os, signal, sys
+                from omniq_sqlite import SQLiteQueue, Task
+                def child(queue):
+                    queue.enqueue(Task("child"))
+                    pid = os.fork()
+                    if pid == 0:
+                        queue.enqueue(Task("grandchild"))
+                        os._exit(0)
+                    assert os.waitpid(pid, 0)[1] == 0
+                if __name__ == "__main__":
+                    signal.alarm(30)
+                    queue = SQLiteQueue(sys.argv[1])
+                    queue.enqueue(Task("parent"))
+                    context = multiprocessing.get_context(sys.argv[2])
+                    process = context.Process(target=child, args=(queue,))
+                    process.start()
+                    process.join()
+                    assert process.exitcode == 0
+                """
+            )
+        )
+        done = subprocess.run(
+            [sys.executable, "-W", "error", str(program), path, method],
+            capture_output=True,
+            text=True,
+            timeout=CONNECTION_DEADLINE,
+            check=False,
+            env=environment(),
+        )
+        assert (done.returncode, done.stderr) == (0, "")
+        assert sorted(connection_fetch(path, "SELECT func FROM omniq_task")) == [
+            "child",
+            "grandchild",
+            "parent",
+        ]
+
+    def test_a_database_in_memory_is_copied(self, path: str) -> None:
+        run_program(
+            """
+            queue = SQLiteQueue(":memory:")
+            queue.enqueue(Task("both"))
+            def child():
+                assert queue.count_tasks() == 1
+                queue.enqueue(Task("child"))
+                assert queue.count_tasks() == 2
+            join(fork(child))
+            assert queue.count_tasks() == 1
+            queue.enqueue(Task("parent"))
+            assert [t.func for t in queue.list_tasks()] == ["both", "parent"]
+            """,
+            path,
+        )
+
+    def test_a_fork_inside_an_operation_leaves_the_parents_alone(
+        self, path: str
+    ) -> None:
+        """Only a signal handler can do that; its child may not touch the file."""
+        run_program(
+            """
+            queue = SQLiteQueue(path)
+            queue.enqueue(Task("before", (1,)))
+            pids = []
+            def handler(number, frame):
+                pids.append(os.fork())
+                if pids[-1] == 0:
+                    signal.alarm(20)
+            class Slow:
+                def dumps(self, value): return "0"
+                def loads(self, text):
+                    signal.raise_signal(signal.SIGUSR1)
+                    return [1]
+            signal.signal(signal.SIGUSR1, handler)
+            slow = SQLiteQueue(path, serializer=Slow())
+            try:
+                task = slow.dequeue()
+            except BaseException as error:
+                if 0 not in pids:
+                    raise
+                try:
+                    slow.count_tasks()
+                except StorageClosedError:
+                    sys.exit(0)  # with all destructors: they may not touch it either
+                os._exit(71)
+            if 0 in pids:
+                os._exit(72)
+            join(*pids)
+            assert len(pids) >= 1
+            slow.complete(task)
+            slow.enqueue(Task("after"))
+            slow.close()
+            assert rows() == ["after"], rows()
+            """,
+            path,
+        )
+
+    def test_ctrl_c_works_in_a_child_of_another_thread(self, path: str) -> None:
+        """The main thread was in a call that records SIGINT; the child has none."""
+        run_program(
+            """
+            queue = SQLiteQueue(path)
+            queue.enqueue(Task("f", queue="other"))
+            def child():
+                try:
+                    os.kill(os.getpid(), signal.SIGINT)
+                    time.sleep(5)
+                except KeyboardInterrupt:
+                    return
+                raise AssertionError("the signal was swallowed")
+            pids = []
+            def start():
+                while not queue._async._gateway.database.watch.waiters:
+                    time.sleep(0.001)
+                pids.append(fork(child))
+                SQLiteQueue(path).enqueue(Task("wake"))
+            thread = threading.Thread(target=start)
+            thread.start()
+            assert queue.dequeue(timeout=10).func == "wake"
+            thread.join()
+            join(*pids)
+            """,
+            path,
+        )
+
+    def test_ctrl_c_during_a_fork_leaves_nothing_locked(self, path: str) -> None:
+        run_program(
+            """
+            queue = SQLiteQueue(path, synchronous="NORMAL")
+            queue.enqueue(Task("f"))
+            database = queue._async._gateway.database
+            inside, go = threading.Event(), threading.Event()
+            def read(connection):
+                inside.set()
+                go.wait()
+            thread = threading.Thread(target=database.read, args=(read,))
+            thread.start()
+            inside.wait()
+            threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT)).start()
+            threading.Timer(0.2, go.set).start()
+            sys.unraisablehook = lambda _: None  # a hook's exception is only printed
+            try:
+                pid = fork(lambda: queue.enqueue(Task("child")))
+            except KeyboardInterrupt:
+                pass
+            thread.join()
+            queue.enqueue(Task("parent"))
+            os.wait()
+            assert rows() == ["child", "f", "parent"], rows()
+            """,
+            path,
+        )
+
+
+class TestEventLoops:
+    def test_an_async_object_works_in_one_loop_after_another(self, path: str) -> None:
+        queue = AsyncSQLiteQueue(path)
+
+        async def work(name: str) -> Task | None:
+            await queue.enqueue(Task(name))
+            return await queue.dequeue(timeout=1)
+
+        for name in "abc":
+            task = asyncio.run(work(name))
+            assert task is not None
+            assert task.func == name
+        asyncio.run(queue.close())
+
+    def test_two_loops_in_two_threads_use_one_object(self, path: str) -> None:
+        queue, threads = AsyncSQLiteQueue(path, synchronous="NORMAL"), Threads()
+        got: list[str] = []
+
+        async def produce() -> None:
+            for i in range(50):
+                await queue.enqueue(Task(f"t{i:02}"))
+
+        async def consume() -> None:
+            for _ in range(50):
+                task = await queue.dequeue(timeout=CONNECTION_DEADLINE)
+                assert task is not None
+                got.append(task.func)
+
+        threads.start(lambda: asyncio.run(produce()))
+        threads.start(lambda: asyncio.run(consume()))
+        threads.join()
+        assert sorted(got) == [f"t{i:02}" for i in range(50)]
+        asyncio.run(queue.close())
+
+    def test_a_loop_that_ends_with_an_operation_under_way_hangs_nobody(
+        self, path: str
+    ) -> None:
+        queue = AsyncSQLiteQueue(path)
+        asyncio.run(queue.enqueue(Task("first")))
+
+        async def leave_it() -> None:
+            left = asyncio.ensure_future(queue.enqueue(Task("cancelled", id="c")))
+            assert left
+            await asyncio.sleep(0.02)
+
+        with connection_write_lock(path):
+            asyncio.run(leave_it())
+        asyncio.run(queue.enqueue(Task("second")))
+        assert "second" in connection_fetch(path, "SELECT func FROM omniq_task")
+        asyncio.run(queue.close())
+
+    @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+    def test_a_claim_of_a_loop_that_was_closed_is_given_back(self, path: str) -> None:
+        queue = AsyncSQLiteQueue(path)
+        asyncio.run(queue.enqueue(Task("f")))
+        loop = asyncio.new_event_loop()
+        loop.set_exception_handler(lambda *_: None)  # its task is destroyed pending
+        with connection_write_lock(path):
+            task = loop.create_task(queue.dequeue())
+            loop.run_until_complete(asyncio.sleep(0.02))
+            loop.close()
+        until(lambda: statuses(path) == ["pending"])
+        asyncio.run(queue.close())
+        assert statuses(path) == ["pending"]
+        task.get_coro().close()
+        del task
+
+    def test_a_claim_is_given_back_when_its_loop_ends_around_the_delivery(
+        self, path: str
+    ) -> None:
+        """`asyncio.run` cancels what is left; the outcome may come at any moment."""
+        queue = AsyncSQLiteQueue(path, synchronous="OFF")
+
+        async def leave(delay: float) -> asyncio.Future[Task | None]:
+            waiting = asyncio.ensure_future(queue.dequeue())
+            await asyncio.sleep(delay)
+            return waiting
+
+        asyncio.run(queue.enqueue(Task("f")))
+        for step in range(150):
+            waiting = asyncio.run(leave(step * 1e-5))
+            if not waiting.cancelled() and (task := waiting.result()) is not None:
+                asyncio.run(queue.release(task))  # it was not cancelled in time
+        asyncio.run(queue.close())
+        assert statuses(path) == ["pending"]
+
+    async def test_memory_is_shared_by_threads_and_loops(self) -> None:
+        threads = Threads()
+        async with AsyncSQLiteQueue(":memory:") as queue:
+
+            async def produce(number: int) -> None:
+                for _ in range(20):
+                    await queue.enqueue(Task(f"t{number}"))
+
+            for number in range(4):
+                threads.start(lambda n=number: asyncio.run(produce(n)))
+            got = []
+            for _ in range(80):
+                got.append(
+                    await asyncio.wait_for(
+                        queue.dequeue(timeout=None), CONNECTION_DEADLINE
+                    )
+                )
+            await asyncio.to_thread(threads.join)
+            assert len({task.id for task in got if task is not None}) == 80
+            assert await queue.count_tasks(status="running") == 80
+
+    @pytest.mark.parametrize("where", ["file", "memory"])
+    async def test_sixteen_threads_on_a_blocking_object_beside_a_running_loop(
+        self, path: str, where: str
+    ) -> None:
+        threads = Threads()
+        queue = SQLiteQueue(path if where == "file" else ":memory:")
+
+        def work(number: int) -> None:
+            for _ in range(6):
+                queue.enqueue(Task(f"t{number}"))
+                task = queue.dequeue()
+                assert task is not None
+                queue.complete(task)
+
+        for number in range(16):
+            threads.start(work, number)
+        while any(thread.is_alive() for thread in threads.started):
+            queue.count_tasks()  # in the thread of the loop itself
+            await asyncio.sleep(0.001)
+        threads.join()
+        assert queue.count_tasks() == 0
+        queue.close()
+
+    def test_trio_gets_one_clear_sentence(self, path: str) -> None:
+        trio = pytest.importorskip("trio")
+        queue = AsyncSQLiteQueue(path)
+
+        async def main() -> None:
+            async with queue:
+                pass
+
+        async def use() -> None:
+            await queue.enqueue(Task("f"))
+
+        for function in (main, use):
+            with pytest.raises(RuntimeError) as caught:
+                trio.run(function)
+            assert str(caught.value) == (
+                "the Async classes need a running asyncio event loop, because aiosqlite"
+                " does; under trio or without a loop use the blocking twin (in a"
+                " thread)"
+            )
+
+
+class TestConnectionThread:
+    """The one place that uses what aiosqlite does not promise."""
+
+    def test_it_runs_functions_in_order_on_a_thread_that_holds_up_nobody(self) -> None:
+        thread = omniq_sqlite._ConnectionThread()
+        ran: list[object] = []
+        for number in range(3):
+            thread.submit(partial(ran.append, number))
+        thread.submit(lambda: ran.append(threading.current_thread()))
+        until(lambda: thread.outstanding == 0)
+        assert ran[:3] == [0, 1, 2]
+        worker = ran[3]
+        assert isinstance(worker, threading.Thread)
+        assert worker.daemon
+        assert worker is not threading.current_thread()
+        thread.stop()
+        worker.join(CONNECTION_DEADLINE)
+        assert not worker.is_alive()
+
+    def test_it_outlives_a_function_that_raises(self) -> None:
+        thread = omniq_sqlite._ConnectionThread()
+        thread.submit(lambda: 1 / 0)  # type: ignore[arg-type]
+        ran: list[int] = []
+        thread.submit(partial(ran.append, 1))
+        until(lambda: ran)
+        thread.stop()
+
+    def test_it_stops_behind_what_was_submitted(self) -> None:
+        thread = omniq_sqlite._ConnectionThread()
+        ran: list[int] = []
+        thread.submit(partial(time.sleep, 0.05))
+        thread.submit(partial(ran.append, 1))
+        thread.stop()
+        until(lambda: not thread._thread.is_alive())
+        assert ran == [1]
+
+    def test_it_may_stop_itself(self) -> None:
+        thread = omniq_sqlite._ConnectionThread()
+        thread.submit(thread.stop)
+        until(lambda: not thread._thread.is_alive())
+
+
+EXITS = {
+    "blocking": 'SQLiteQueue(path).enqueue(Task("f"))',
+    "blocking and kept": 'q = SQLiteQueue(path); q.enqueue(Task("f"))',
+    "backend": 'b = SQLiteBackend(path, events=True); b.enqueue(Task("f"))',
+    "async": """
+        q = AsyncSQLiteQueue(path)
+        async def main():
+            await q.enqueue(Task("f"))
+            await q.dequeue("none", timeout=0.01)
+            await q.count_tasks()
+        asyncio.run(main())
+        asyncio.run(main())
+    """,
+    "waiting in a daemon thread": """
+        q = SQLiteQueue(path)
+        q.enqueue(Task("f"))
+        threading.Thread(target=q.dequeue, args=("none",),
+                         kwargs={"timeout": None}, daemon=True).start()
+        time.sleep(0.1)
+    """,
+    "waiting in a loop that is left": """
+        q = AsyncSQLiteQueue(path)
+        async def main():
+            await q.enqueue(Task("f"))
+            asyncio.ensure_future(q.dequeue("none", timeout=None))
+            await asyncio.sleep(0.05)
+        asyncio.run(main())
+    """,
+    "writing in daemon threads": """
+        q = SQLiteQueue(path, synchronous="NORMAL")
+        q.enqueue(Task("f"))
+        def hammer():
+            try:
+                while True:
+                    q.enqueue(Task("f"))
+            except StorageClosedError:
+                pass
+        for _ in range(3):
+            threading.Thread(target=hammer, daemon=True).start()
+        time.sleep(0.1)
+    """,
+    "in the middle of an async commit": """
+        q = AsyncSQLiteQueue(path)
+        async def main():
+            await q.enqueue(Task("f"))
+            for _ in range(50):
+                asyncio.ensure_future(q.enqueue(Task("f")))
+            await asyncio.sleep(0)
+        asyncio.run(main())
+    """,
+    "a generator left half-way": """
+        e = SQLiteEventStorage(path)
+        e.log(TaskEvent("x"))
+        f = e.follow(after="0")
+        next(f)
+        SQLiteQueue(path).enqueue(Task("f"))
+    """,
+}
+
+
+class TestExit:
+    """A forgotten `close()` hangs no process and prints nothing."""
+
+    @pytest.mark.parametrize("name", EXITS)
+    def test_a_program_that_never_closes_ends_by_itself(
+        self, path: str, name: str
+    ) -> None:
+        code = textwrap.dedent(EXITS[name])
+        out = run_program(
+            f"{code}\nprint(time.monotonic())\nsys.stdout.flush()\n",
+            path,
+        )
+        assert time.monotonic() - float(out) < 2.0
+        assert is_whole(path)
+        assert "f" in connection_fetch(path, "SELECT func FROM omniq_task")
+
+    @pytest.mark.parametrize("form", ["blocking", "async"])
+    def test_a_program_that_raises_shows_its_own_traceback_only(
+        self, programs: Programs, path: str, form: str
+    ) -> None:
+        program = programs.start(
+            """
+            async def main():
+                queue = AsyncSQLiteQueue(path)
+                await queue.enqueue(Task("f"))
+                1 / 0
+            if arguments[0] == "async":
+                asyncio.run(main())
+            queue = SQLiteQueue(path)
+            queue.enqueue(Task("f"))
+            1 / 0
+            """,
+            path,
+            form,
+        )
+        _, err = program.communicate(timeout=CONNECTION_DEADLINE)
+        assert program.returncode == 1
+        assert err.count("Traceback") == 1
+        assert err.rstrip().endswith("ZeroDivisionError: division by zero")
+        assert "Warning" not in err
+
+    @POSIX
+    @pytest.mark.parametrize("form", ["blocking", "async"])
+    def test_a_program_that_is_interrupted_while_it_waits(
+        self, programs: Programs, path: str, form: str
+    ) -> None:
+        program = programs.start(
+            """
+            async def main():
+                async with AsyncSQLiteQueue(path) as queue:
+                    print("ready", flush=True)
+                    await queue.dequeue(timeout=None)
+            try:
+                if arguments[0] == "async":
+                    asyncio.run(main())
+                else:
+                    with SQLiteQueue(path) as queue:
+                        print("ready", flush=True)
+                        queue.dequeue(timeout=None)
+            except KeyboardInterrupt:
+                print("interrupted", flush=True)
+            """,
+            path,
+            form,
+        )
+        assert programs.read(program) == "ready"
+        time.sleep(0.1)
+        began = time.monotonic()
+        program.send_signal(signal.SIGINT)
+        assert programs.finish(program) == "interrupted"
+        assert time.monotonic() - began < 2.0
+
+    def test_a_failure_to_close_is_logged_and_raises_nothing(
+        self, path: str, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        queue = SQLiteQueue(path)
+        queue.enqueue(Task("f"))
+
+        class Stubborn:
+            def close(self) -> None:
+                raise sqlite3.OperationalError("unable to close")
+
+        database = database_of(queue)
+        database.disconnect(Stubborn())
+        assert "unable to close" in caplog.text
+        queue.close()
+
+
+@POSIX
+class TestInterrupts:
+    """Field note 17: a Ctrl-C neither tears a call apart nor loses its outcome."""
+
+    def test_signals_into_claims_beside_busy_threads_strand_nothing(
+        self, path: str
+    ) -> None:
+        out = run_program(
+            """
+            queue = SQLiteQueue(path, synchronous="NORMAL")
+            stop, counts, errors = threading.Event(), [0] * 6, []
+            def hammer(number):
+                try:
+                    while not stop.is_set():
+                        queue.enqueue(Task("noise", queue="noise"))
+                        task = queue.dequeue("noise")
+                        if task is not None:
+                            queue.complete(task)
+                        counts[number] += 1
+                except BaseException as error:
+                    errors.append(error)
+            threads = [threading.Thread(target=hammer, args=(n,)) for n in range(6)]
+            for thread in threads:
+                thread.start()
+            total = 600
+            queue.enqueue_many([Task("f") for _ in range(total)])
+            parent = os.getpid()
+            killer = os.fork()
+            if killer == 0:
+                random.seed(1)
+                time.sleep(0.05)
+                while os.getppid() == parent:
+                    os.kill(parent, signal.SIGINT)
+                    time.sleep(random.uniform(0.0003, 0.005))
+                os._exit(0)
+            interrupts, task = 0, None
+            limit = time.monotonic() + 20
+            def work():
+                "Claim and complete; an interrupt may come at any place."
+                global interrupts, task
+                while time.monotonic() < limit:
+                    try:
+                        if task is None:
+                            task = queue.dequeue()
+                            if task is None and not queue.count_tasks(queue="default"):
+                                return
+                        else:
+                            queue.complete(task)
+                            task = None
+                    except KeyboardInterrupt:
+                        interrupts += 1
+                    except LeaseLostError:
+                        task = None  # an interrupt came after it was completed
+            def outer():
+                while True:
+                    try:
+                        return work()
+                    except KeyboardInterrupt:
+                        pass
+            while True:
+                try:
+                    outer()
+                    break
+                except KeyboardInterrupt:
+                    pass
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+            os.kill(killer, signal.SIGKILL)
+            os.waitpid(killer, 0)
+            stop.set()
+            for thread in threads:
+                thread.join(10)
+                assert not thread.is_alive(), "a thread was stopped"
+            assert errors == [], errors
+            assert min(counts) > 10, counts
+            left = queue.count_tasks(queue="default", status="running")
+            print(interrupts, left, queue.count_tasks(queue="default"))
+            queue.close()
+            """,
+            path,
+            deadline=60,
+        )
+        interrupts, running, left = map(int, out.split())
+        assert (running, left) == (0, 0)
+        assert interrupts > 20
+
+    def test_a_signal_is_raised_after_the_outcome_is_known(self, path: str) -> None:
+        run_program(
+            """
+            queue = SQLiteQueue(path)
+            class Stopping:
+                def dumps(self, value): return "[]"
+                def loads(self, text):
+                    signal.raise_signal(signal.SIGINT)  # inside the transaction
+                    return [1]
+            queue.enqueue(Task("f", (1,)))
+            other = SQLiteQueue(path, serializer=Stopping())
+            try:
+                other.dequeue()
+            except KeyboardInterrupt:
+                pass
+            else:
+                raise AssertionError("the signal was lost")
+            assert rows("SELECT status FROM omniq_task") == ["pending"]
+            assert rows("SELECT attempt FROM omniq_task") == [0]
+            assert rows("SELECT claims FROM omniq_task") == [1]
+            """,
+            path,
+        )
+
+    def test_a_handler_that_does_not_raise_changes_nothing(self, path: str) -> None:
+        run_program(
+            """
+            seen = []
+            signal.signal(signal.SIGINT, lambda *_: seen.append(1))
+            queue = SQLiteQueue(path)
+            queue.enqueue(Task("f"))
+            unlock = lock()
+            leader = threading.Thread(target=queue.enqueue, args=(Task("leader"),))
+            leader.start()
+            while not queue._async._gateway.database.pending:
+                time.sleep(0.001)
+            def interrupt():
+                for _ in range(5):
+                    os.kill(os.getpid(), signal.SIGINT)
+                    time.sleep(0.03)
+                unlock()
+            thread = threading.Thread(target=interrupt)
+            thread.start()
+            task = queue.dequeue()  # follows, is interrupted, and waits on
+            assert task.func == "f"
+            queue.complete(task)
+            assert len(seen) >= 1
+            leader.join()
+            thread.join()
+            assert rows() == ["leader"], rows()
+            """,
+            path,
+        )
+
+    def test_a_follower_takes_back_what_has_not_begun(self, path: str) -> None:
+        run_program(
+            """
+            queue = SQLiteQueue(path)
+            queue.enqueue(Task("f"))
+            database = queue._async._gateway.database
+            unlock = lock()
+            leader = threading.Thread(target=queue.enqueue, args=(Task("leader"),))
+            leader.start()
+            while len(database.pending) < 1:
+                time.sleep(0.001)
+            threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT)).start()
+            began = time.monotonic()
+            try:
+                queue.dequeue()
+            except KeyboardInterrupt:
+                assert time.monotonic() - began < 2
+            else:
+                raise AssertionError
+            unlock()
+            leader.join()
+            assert rows("SELECT status FROM omniq_task") == ["pending", "pending"]
+            assert rows("SELECT claims FROM omniq_task") == [0, 0]
+            """,
+            path,
+        )
+
+    def test_a_second_signal_does_not_stop_the_giving_back(self, path: str) -> None:
+        """It comes while another process has the write lock."""
+        run_program(
+            """
+            queue = SQLiteQueue(path)
+            queue.enqueue(Task("f"))
+            gateway = queue._async._gateway
+            def submit(operation, original=gateway.submit):
+                unlock = lock()
+                threading.Timer(0.2, unlock).start()
+                signal.raise_signal(signal.SIGINT)
+                original(operation)
+            gateway.submit = submit
+            def must_flush(claim, result):
+                signal.raise_signal(signal.SIGINT)
+                return False
+            omniq_sqlite._Claim.must_flush = must_flush
+            try:
+                queue.dequeue()
+            except KeyboardInterrupt:
+                pass
+            else:
+                raise AssertionError
+            assert rows("SELECT status FROM omniq_task") == ["pending"]
+            """,
+            path,
+        )
+
+    def test_a_call_inside_a_call_is_refused(self, path: str) -> None:
+        run_program(
+            """
+            queue = SQLiteQueue(path)
+            queue.enqueue(Task("f", (1,)))
+            refused = []
+            class Nested:
+                def dumps(self, value): return "[]"
+                def loads(self, text):
+                    try:
+                        queue.count_tasks()
+                    except RuntimeError as error:
+                        refused.append(str(error))
+                    return [1]
+            assert SQLiteQueue(path, serializer=Nested()).dequeue() is not None
+            assert "inside another one" in refused[0]
+            assert queue.count_tasks() == 1
+            """,
+            path,
+        )
+
+    def test_an_exception_thrown_into_a_thread_stops_no_other(self, path: str) -> None:
+        """As a task's timeout does; leadership and locks are passed on."""
+        run_program(
+            """
+            import ctypes
+            throw = ctypes.pythonapi.PyThreadState_SetAsyncExc
+            class Thrown(BaseException):
+                pass
+            queue = SQLiteQueue(path, synchronous="OFF")
+            queue.enqueue(Task("f"))
+            stop, counts, thrown, errors = threading.Event(), [0] * 4, [0], []
+            def hammer(number):
+                while not stop.is_set():
+                    try:
+                        while not stop.is_set():
+                            queue.enqueue(Task("f"))
+                            counts[number] += 1
+                    except Thrown:
+                        thrown[0] += 1
+                    except BaseException as error:
+                        errors.append(error)
+                        raise
+            threads = [threading.Thread(target=hammer, args=(n,), daemon=True)
+                       for n in range(4)]
+            for thread in threads:
+                thread.start()
+            random.seed(2)
+            limit = time.monotonic() + 2.5
+            while time.monotonic() < limit:
+                time.sleep(random.uniform(0.0, 0.004))
+                ident = random.choice(threads).ident
+                throw(ctypes.c_ulong(ident), ctypes.py_object(Thrown))
+            for _ in range(2):
+                before = list(counts)
+                time.sleep(1.0)
+                after = list(counts)
+            assert all(a > b for a, b in zip(after, before)), (before, after)
+            stop.set()
+            for thread in threads:
+                thread.join(10)
+                assert not thread.is_alive()
+            assert errors == [], errors
+            assert thrown[0] > 10, thrown
+            """,
+            path,
+        )
+
+
+def given_back(path: str) -> bool:
+    """Tell whether the only task was claimed once and is pending again."""
+    rows = connection_fetch(path, "SELECT status, attempt, claims FROM omniq_task")
+    return rows == [("pending", 0, 1)]
+
+
+class TestCancellation:
+    """Field note 15: cancelled at any moment, nothing is stranded or left open."""
+
+    async def test_before_it_starts_nothing_is_asked_for(
+        self, path: str, spied: list[str]
+    ) -> None:
+        async with AsyncSQLiteQueue(path) as queue:
+            await queue.enqueue(Task("f"))
+            spied.clear()
+            claiming = asyncio.ensure_future(queue.dequeue())
+            claiming.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await claiming
+            assert await queue.dequeue("other") is None
+            assert "claim" not in spied
+
+    async def test_before_the_delivery_the_claim_is_given_back(self, path: str) -> None:
+        async with AsyncSQLiteQueue(path) as queue:
+            await queue.enqueue(Task("f"))
+            with connection_write_lock(path):
+                claiming = asyncio.ensure_future(queue.dequeue())
+                await soon(lambda: database_of(queue).pending)
+                claiming.cancel()
+                with pytest.raises(asyncio.CancelledError):
+                    await claiming
+            await soon(lambda: given_back(path))
+            task = await queue.dequeue()
+            assert task is not None
+            assert task.attempt == 1
+
+    async def test_after_the_result_was_set_the_claim_is_given_back(
+        self, path: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        async with AsyncSQLiteQueue(path) as queue:
+            await queue.enqueue(Task("f"))
+            claiming: asyncio.Future[Task | None]
+            arrive = omniq_sqlite._Delivery.arrive
+
+            def arrive_and_cancel(self: Any, request: Any) -> None:
+                arrive(self, request)
+                if isinstance(request.operation, omniq_sqlite._Claim):
+                    claiming.cancel()
+
+            monkeypatch.setattr(omniq_sqlite._Delivery, "arrive", arrive_and_cancel)
+            claiming = asyncio.ensure_future(queue.dequeue())
+            with pytest.raises(asyncio.CancelledError):
+                await claiming
+            monkeypatch.undo()
+            await soon(lambda: given_back(path))
+
+    async def test_a_coroutine_that_is_thrown_away_gives_its_claim_back(
+        self, path: str
+    ) -> None:
+        async with AsyncSQLiteQueue(path) as queue:
+            await queue.enqueue(Task("f"))
+            with connection_write_lock(path):
+                coroutine = queue.dequeue()
+                coroutine.send(None)
+                coroutine.close()
+            await soon(lambda: given_back(path))
+
+    async def test_others_of_the_group_get_their_answers(self, path: str) -> None:
+        async with AsyncSQLiteQueue(path) as queue:
+            await queue.enqueue(Task("f"))
+            with connection_write_lock(path):
+                calls = [
+                    asyncio.ensure_future(queue.enqueue(Task("f", id=f"t{i}")))
+                    for i in range(5)
+                ]
+                await soon(lambda: len(database_of(queue).pending) == 5)
+                calls[0].cancel()  # the one that leads
+                calls[3].cancel()
+            done = await asyncio.wait_for(
+                asyncio.gather(*calls, return_exceptions=True), CONNECTION_DEADLINE
+            )
+            assert [done[i] for i in (1, 2, 4)] == ["t1", "t2", "t4"]
+
+    async def test_no_transaction_is_left_open(self, path: str) -> None:
+        random.seed(5)
+        async with AsyncSQLiteQueue(path, synchronous="OFF") as queue:
+            await queue.enqueue(Task("f"))
+            for _ in range(100):
+                calls = [
+                    asyncio.ensure_future(queue.enqueue(Task("f"))) for _ in range(3)
+                ]
+                await asyncio.sleep(random.uniform(0, 0.0005))
+                for each in calls:
+                    each.cancel()
+                await asyncio.gather(*calls, return_exceptions=True)
+            await soon(lambda: not database_of(queue).pending)
+            with connection_raw(path) as connection:
+                connection.execute("BEGIN IMMEDIATE")  # nobody holds the lock
+                connection.execute("ROLLBACK")
+
+    async def test_four_hundred_dequeues_cancelled_while_tasks_arrive(
+        self, path: str
+    ) -> None:
+        random.seed(3)
+        owned: list[str] = []
+        async with AsyncSQLiteQueue(path, synchronous="OFF") as queue:
+
+            async def consume() -> None:
+                task = await queue.dequeue(timeout=None)
+                assert task is not None
+                owned.append(task.id)
+
+            waiting = [asyncio.ensure_future(consume()) for _ in range(400)]
+            for number in range(200):
+                await queue.enqueue(Task("f", id=f"t{number}"))
+                for each in random.sample(waiting, 4):
+                    each.cancel()
+                if number % 3 == 0:
+                    await asyncio.sleep(random.uniform(0, 0.001))
+            for each in waiting:
+                each.cancel()
+            await asyncio.gather(*waiting, return_exceptions=True)
+        running = connection_fetch(
+            path, "SELECT id FROM omniq_task WHERE status = 'running'"
+        )
+        assert sorted(running) == sorted(owned)
+        assert len(statuses(path)) == 200
+
+    async def test_timeouts_and_cancel_scopes_around_everything(
+        self, path: str
+    ) -> None:
+        random.seed(4)
+        owned: list[str] = []
+        async with AsyncSQLiteQueue(path, synchronous="OFF") as queue:
+            for number in range(60):
+                await queue.enqueue(Task("f"))
+                patience = random.uniform(0, 0.0008)
+                if number % 2:
+                    with contextlib.suppress(TimeoutError):
+                        async with asyncio.timeout(patience):
+                            task = await queue.dequeue()
+                            owned.extend([task.id] if task else [])
+                else:
+                    with anyio.move_on_after(patience):
+                        task = await queue.dequeue()
+                        owned.extend([task.id] if task else [])
+        running = connection_fetch(
+            path, "SELECT id FROM omniq_task WHERE status = 'running'"
+        )
+        assert sorted(running) == sorted(owned)
+
+    async def test_a_task_group_that_fails_beside_a_dequeue(self, path: str) -> None:
+        async with AsyncSQLiteQueue(path) as queue:
+            await queue.enqueue(Task("f"))
+            with connection_write_lock(path), pytest.raises(ExceptionGroup):
+                async with asyncio.TaskGroup() as group:
+                    group.create_task(queue.dequeue())
+                    await soon(lambda: database_of(queue).pending)
+                    raise ZeroDivisionError
+            await soon(lambda: given_back(path))
+
+    async def test_a_cancelled_close_closes_all_the_same(self, path: str) -> None:
+        queue = AsyncSQLiteQueue(path)
+        await queue.enqueue(Task("f"))
+        closing = asyncio.ensure_future(queue.close())
+        await asyncio.sleep(0)
+        closing.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await closing
+        await soon(lambda: not os.path.exists(path + "-wal"))
+
+
+class TestCheckpoints:
+    """Field note 9: on an affected library only under the guard, and bounded."""
+
+    @pytest.mark.parametrize(
+        ("version", "affected"),
+        [
+            ((3, 37, 0), True),
+            ((3, 40, 1), True),
+            ((3, 44, 5), True),
+            ((3, 44, 6), False),
+            ((3, 45, 0), True),
+            ((3, 50, 6), True),
+            ((3, 50, 7), False),
+            ((3, 51, 2), True),
+            ((3, 51, 3), False),
+            ((3, 52, 0), False),
+            ((4, 0, 0), False),
+        ],
+    )
+    def test_which_libraries_are_affected(
+        self, version: tuple[int, ...], affected: bool
+    ) -> None:
+        assert omniq_sqlite._has_wal_reset_bug(version) is affected
+
+    @pytest.fixture
+    def affected(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(omniq_sqlite, "_has_wal_reset_bug", lambda _: True)
+        monkeypatch.setattr(omniq_sqlite, "_CHECKPOINT_COMMITS", 10)
+
+    @pytest.mark.usefixtures("affected")
+    def test_no_connection_checkpoints_by_itself(self, path: str, spied: Any) -> None:
+        with SQLiteQueue(path, synchronous="OFF") as queue:
+            for _ in range(25):
+                queue.enqueue(Task("f"))
+            queue.count_tasks()
+            queue.dequeue("none", timeout=0.01)
+            assert len(Spied.opened) >= 4  # that which checkpoints, too
+            for connection in Spied.opened:
+                assert pragma(connection, "wal_autocheckpoint") == 0
+
+    def test_a_mended_library_checkpoints_by_itself(
+        self, path: str, spied: list[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(omniq_sqlite, "_has_wal_reset_bug", lambda _: False)
+        monkeypatch.setattr(omniq_sqlite, "_CHECKPOINT_COMMITS", 1)
+        with SQLiteQueue(path) as queue:
+            queue.enqueue(Task("f"))
+            queue.enqueue(Task("f"))
+            assert pragma(Spied.opened[0], "wal_autocheckpoint") == 1000
+        assert "PRAGMA wal_checkpoint(PASSIVE)" not in spied
+
+    @pytest.mark.usefixtures("affected")
+    def test_a_checkpoint_runs_while_another_connection_holds_the_write_lock(
+        self, path: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        locked: list[bool] = []
+
+        class Watching(sqlite3.Connection):
+            def execute(self, sql: str, *args: Any) -> sqlite3.Cursor:
+                if "wal_checkpoint" in sql:
+                    with connection_raw(path, check_same_thread=False) as other:
+                        other.execute("PRAGMA busy_timeout = 0")
+                        try:
+                            other.execute("BEGIN IMMEDIATE")
+                        except sqlite3.OperationalError:
+                            locked.append(not self.in_transaction)
+                        else:
+                            locked.append(False)
+                return super().execute(sql, *args)
+
+        factory = partial(sqlite3.connect, factory=Watching)
+        monkeypatch.setattr(omniq_sqlite, "_connection_factory", factory)
+        with SQLiteQueue(path, synchronous="OFF") as queue:
+            for _ in range(35):
+                queue.enqueue(Task("f"))
+        assert locked == [True] * 3
+
+    @pytest.mark.usefixtures("affected")
+    def test_a_checkpoint_leaves_no_lock_and_copies_the_wal(self, path: str) -> None:
+        with SQLiteQueue(path, synchronous="OFF") as queue:
+            for _ in range(10):
+                queue.enqueue(Task("f", ("x" * 5_000,)))
+            assert os.stat(path).st_size > 50_000
+            with connection_raw(path) as connection:
+                connection.execute("BEGIN IMMEDIATE")
+                connection.execute("ROLLBACK")
+
+    @pytest.mark.usefixtures("affected")
+    def test_large_commits_bring_a_checkpoint_forward(
+        self, path: str, spied: list[str]
+    ) -> None:
+        with SQLiteQueue(path, synchronous="OFF") as queue:
+            queue.enqueue(Task("f", ("x" * 5_000_000,)))
+            queue.enqueue(Task("f"))
+            assert spied.count("PRAGMA wal_checkpoint(PASSIVE)") == 1
+
+    @pytest.mark.usefixtures("affected")
+    def test_a_checkpoint_that_finds_the_file_busy_is_put_off(
+        self, path: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        with SQLiteQueue(path, synchronous="OFF") as queue:
+            queue.enqueue(Task("f"))
+            with connection_write_lock(path):
+                database_of(queue)._checkpoint()
+            queue.enqueue(Task("f"))
+            assert statuses(path) == ["pending"] * 2
+
+    def test_the_wal_stays_bounded_while_two_processes_commit(
+        self, programs: Programs, path: str
+    ) -> None:
+        SQLiteQueue(path).enqueue(Task("f"))
+        code = """
+            queue = SQLiteQueue(path, synchronous="OFF")
+            for _ in range(900):
+                queue.enqueue(Task("f", ("x" * 8_000,)))
+            queue.close()
+        """
+        started = [programs.start(code, path) for _ in range(2)]
+        largest = 0
+        while any(program.poll() is None for program in started):
+            with contextlib.suppress(OSError):
+                largest = max(largest, os.stat(path + "-wal").st_size)
+            time.sleep(0.005)
+        for program in started:
+            programs.finish(program)
+        assert 0 < largest < 16 * 2**20  # of 30 MB that were written
+        assert is_whole(path)
+        assert len(statuses(path)) == 1801
+
+    def test_a_long_reader_stops_it_only_while_it_reads(self, path: str) -> None:
+        with SQLiteQueue(path, synchronous="OFF") as queue:
+            queue.enqueue(Task("f"))
+            with connection_raw(path) as reader:
+                reader.execute("BEGIN")
+                reader.execute("SELECT count(*) FROM omniq_task").fetchall()
+                for _ in range(40):
+                    queue.enqueue(Task("f", ("x" * 300_000,)))
+                grown = os.stat(path + "-wal").st_size
+                assert grown > 10_000_000
+                reader.execute("ROLLBACK")
+            for _ in range(60):
+                queue.enqueue(Task("f", ("x" * 300_000,)))
+            assert os.stat(path + "-wal").st_size < grown + 12 * 2**20
+
+
+OLDER = """
+    CREATE TABLE omniq_schema (
+        component TEXT NOT NULL PRIMARY KEY, version INTEGER NOT NULL) STRICT;
+    INSERT INTO omniq_schema VALUES ('results', 1);
+    CREATE TABLE omniq_result (task_id TEXT PRIMARY KEY, old TEXT) STRICT;
+    INSERT INTO omniq_result VALUES ('kept', 'value');
+"""
+
+
+class TestSchema:
+    def test_a_file_holds_the_tables_of_its_components_only(
+        self, tmp_path: Path
+    ) -> None:
+        for name, cls in (
+            ("omniq_task", SQLiteQueue),
+            ("omniq_result", SQLiteResultStorage),
+            ("omniq_event", SQLiteEventStorage),
+        ):
+            path = tmp_path / name
+            with cls(path):
+                pass
+            tables = connection_fetch(
+                path, "SELECT name FROM sqlite_schema WHERE type = 'table'"
+            )
+            own = {"omniq_schema", "omniq_task", "omniq_result", "omniq_event"}
+            assert own & set(tables) == {"omniq_schema", name}
+            assert connection_fetch(path, "SELECT version FROM omniq_schema") == [1]
+
+    def test_a_component_can_come_later(self, path: str) -> None:
+        with SQLiteResultStorage(path), SQLiteQueue(path) as queue:
+            queue.enqueue(Task("f"))
+        found = connection_fetch(
+            path, "SELECT component FROM omniq_schema ORDER BY component"
+        )
+        assert found == ["queue", "results"]
+
+    def test_opening_a_file_that_is_up_to_date_writes_nothing(
+        self, path: str, spied: list[str]
+    ) -> None:
+        with SQLiteQueue(path):
+            pass
+        spied.clear()
+        with SQLiteQueue(path):
+            pass
+        assert "BEGIN IMMEDIATE" not in spied
+
+    def test_eight_processes_may_create_a_file_at_the_same_moment(
+        self, programs: Programs, path: str
+    ) -> None:
+        self.open_at_once(programs, path, "", "AAAAAAAA")
+        assert statuses(path) == ["pending"] * 8
+
+    def test_eight_processes_may_migrate_an_older_file_at_the_same_moment(
+        self, programs: Programs, path: str
+    ) -> None:
+        with connection_raw(path) as connection:
+            connection.executescript(OLDER)
+        steps = """
+            steps = omniq_sqlite.MIGRATIONS["results"]
+            omniq_sqlite.MIGRATIONS["results"] = [
+                ("CREATE TABLE omniq_result (task_id TEXT PRIMARY KEY, old TEXT)",),
+                ("ALTER TABLE omniq_result RENAME TO made_up",
+                 "CREATE TABLE counted (n INTEGER)"),
+                steps[0] + ("INSERT INTO omniq_result (task_id, status, value, "
+                 "metadata, stored_at) SELECT task_id, 'success', "
+                 "json_quote(old), '{}', 0 FROM made_up",
+                 "DROP TABLE made_up", "INSERT INTO counted VALUES (1)"),
+            ]
+        """
+        self.open_at_once(programs, path, steps, "BBBBBBBB")
+        assert connection_fetch(path, "SELECT n FROM counted") == [1]
+        versions = connection_fetch(path, "SELECT component, version FROM omniq_schema")
+        assert sorted(versions) == [("queue", 1), ("results", 3)]
+        assert connection_fetch(path, "SELECT value FROM omniq_result") == ['"value"']
+        assert is_whole(path)
+
+    def open_at_once(
+        self, programs: Programs, path: str, steps: str, what: str
+    ) -> None:
+        code = textwrap.dedent(steps) + textwrap.dedent(
+            """
+            print("ready", flush=True)
+            sys.stdin.readline()
+            backend = SQLiteBackend(path) if arguments[0] == "B" else SQLiteQueue(path)
+            with backend:
+                backend.enqueue(Task("f"))
+                if arguments[0] == "B":
+                    assert backend.results.get("kept").value == "value"
+            """
+        )
+        started = [programs.start(code, path, letter) for letter in what]
+        for program in started:
+            assert programs.read(program) == "ready"
+        for program in started:
+            assert program.stdin is not None
+            program.stdin.write("\n")
+            program.stdin.flush()
+        for program in started:
+            programs.finish(program)
+
+    def test_a_migration_that_fails_changes_nothing(
+        self, path: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        with SQLiteQueue(path) as queue:
+            queue.enqueue(Task("f"))
+        steps = [*omniq_sqlite.MIGRATIONS["queue"]]
+        steps.append(("CREATE TABLE half (x)", "SELECT * FROM nowhere"))
+        monkeypatch.setitem(omniq_sqlite.MIGRATIONS, "queue", steps)
+        with pytest.raises(OmniQError, match="nowhere"):
+            SQLiteQueue(path).count_tasks()
+        monkeypatch.undo()
+        assert (
+            connection_fetch(path, "SELECT name FROM sqlite_schema WHERE name = 'half'")
+            == []
+        )
+        assert SQLiteQueue(path).count_tasks() == 1
+
+    def test_a_newer_file_is_refused_and_left_alone(self, path: str) -> None:
+        with SQLiteQueue(path) as queue:
+            queue.enqueue(Task("f"))
+        with connection_raw(path) as connection:
+            connection.execute("UPDATE omniq_schema SET version = 2")
+        before = Path(path).read_bytes()
+        with pytest.raises(SchemaVersionError, match="newer"):
+            SQLiteQueue(path).count_tasks()
+        assert Path(path).read_bytes() == before
+
+    @pytest.mark.parametrize(
+        "foreign",
+        [
+            "CREATE TABLE omniq_task (mine TEXT)",
+            "CREATE VIEW omniq_task AS SELECT 1",
+            "CREATE TABLE omniq_schema (mine TEXT)",
+            "CREATE TABLE omniq_schema (component, version);"
+            "INSERT INTO omniq_schema VALUES ('queue', 'many')",
+        ],
+    )
+    def test_a_table_of_our_name_that_is_not_ours_is_refused(
+        self, path: str, foreign: str
+    ) -> None:
+        with connection_raw(path) as connection:
+            connection.executescript(foreign)
+        tables = connection_fetch(path, "SELECT sql FROM sqlite_schema")
+        with pytest.raises(SchemaVersionError, match="not OmniQ's"):
+            SQLiteQueue(path).count_tasks()
+        assert connection_fetch(path, "SELECT sql FROM sqlite_schema") == tables
+
+    def test_a_temporary_table_of_our_name_shadows_nothing(self, path: str) -> None:
+        with SQLiteQueue(path) as queue:
+            queue.enqueue(Task("f"))
+            [writer] = database_of(queue).writer.idle
+            writer.execute("CREATE TEMP TABLE omniq_task (id TEXT)")
+            queue.enqueue(Task("g"))
+            assert statuses(path) == ["pending"] * 2
+
+
+MOUNTS = """
+22 1 8:1 / / rw,relatime shared:1 - ext4 /dev/sda1 rw
+30 22 0:25 / /proc rw - proc proc rw
+40 22 0:40 / /mnt/share rw,relatime shared:5 - nfs4 server:/export rw,vers=4.2
+41 40 8:2 / /mnt/share/local rw,relatime - xfs /dev/sdb1 rw
+42 22 0:41 / /mnt/with\\040space rw,relatime - cifs //server/x rw
+43 22 0:42 / /home/me/remote rw - fuse.sshfs me@server: rw
+44 22 0:43 /sub /data rw master:3 - 9p drvfs rw
+46 22 0:44 / /mnt/caf\u00e9\udcff rw - nfs server:/cafe rw
+45 22 8:3 / /mnt/share rw,relatime - ext4 /dev/sdc1 rw
+broken line
+"""
+
+
+class TestNetworkFilesystems:
+    @pytest.mark.parametrize(
+        ("path", "name"),
+        [
+            ("/var/lib/jobs.db", "ext4"),
+            ("/mnt/shared/jobs.db", "ext4"),  # begins like the mount, is not in it
+            ("/mnt/share/jobs.db", "ext4"),  # mounted over the share
+            ("/mnt/share/local/jobs.db", "xfs"),
+            ("/mnt/with space/jobs.db", "cifs"),
+            ("/home/me/remote", "fuse.sshfs"),
+            ("/data/deep/er/jobs.db", "9p"),
+            ("/mnt/caf\u00e9\udcff/jobs.db", "nfs"),
+        ],
+    )
+    def test_the_innermost_and_last_mount_counts(self, path: str, name: str) -> None:
+        assert omniq_sqlite._filesystem_of(path, MOUNTS) == name
+
+    def test_without_mounts_nothing_is_known(self) -> None:
+        assert omniq_sqlite._filesystem_of("/x", "") == ""
+
+    @pytest.mark.skipif(sys.platform != "linux", reason="reads Linux's mountinfo")
+    @pytest.mark.parametrize(
+        "name", ["nfs", "nfs4", "cifs", "9p", "fuse.sshfs", "smb3"]
+    )
+    def test_it_is_refused_before_anything_is_created(
+        self, path: str, name: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(omniq_sqlite, "_filesystem_of", lambda *_: name)
+        with pytest.raises(NetworkFilesystemError, match=name):
+            SQLiteQueue(path).enqueue(Task("f"))
+        assert not os.path.exists(path)
+        with SQLiteQueue(path, allow_network_fs=True) as queue:
+            queue.enqueue(Task("f"))
+
+    def test_a_local_one_is_fine(self, path: str) -> None:
+        assert omniq_sqlite._network_filesystem(path) is None
+
+
+class TestFiles:
+    @POSIX
+    @pytest.mark.parametrize("umask", [0o000, 0o077, 0o777])
+    def test_new_files_and_folders_are_their_owners_only(
+        self, tmp_path: Path, umask: int
+    ) -> None:
+        path = tmp_path / "new" / "jobs.db"
+        old = os.umask(umask)
+        try:
+            if umask == 0o777 and os.geteuid() != 0:
+                path.parent.mkdir(mode=0o700)
+            with SQLiteQueue(path) as queue:
+                queue.enqueue(Task("f"))
+                modes = {
+                    name.name: stat.S_IMODE(name.stat().st_mode)
+                    for name in path.parent.iterdir()
+                }
+        finally:
+            os.umask(old)
+        names = ("jobs.db", "jobs.db-shm", "jobs.db-wal")
+        assert modes == dict.fromkeys(names, 0o600)
+
+    def test_a_file_that_is_there_keeps_its_mode(self, path: str) -> None:
+        with connection_raw(path) as connection:
+            connection.execute("CREATE TABLE mine (x)")
+        os.chmod(path, 0o640)
+        SQLiteQueue(path).enqueue(Task("f"))
+        assert stat.S_IMODE(os.stat(path).st_mode) == 0o640
+
+    def test_no_temporary_file_is_left(self, tmp_path: Path) -> None:
+        with SQLiteQueue(tmp_path / "jobs.db") as queue:
+            queue.enqueue(Task("f"))
+        assert [name.name for name in tmp_path.iterdir()] == ["jobs.db"]
+
+    def test_a_file_system_without_hard_links(
+        self, path: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def link(*_: object) -> None:
+            raise OSError(95, "Operation not supported")
+
+        monkeypatch.setattr(os, "link", link)
+        with SQLiteQueue(path) as queue:
+            queue.enqueue(Task("f"))
+        assert os.listdir(os.path.dirname(path)) == ["jobs.db"]
+        assert stat.S_IMODE(os.stat(path).st_mode) == 0o600
+
+    @pytest.mark.parametrize("how", ["deleted", "replaced"])
+    @pytest.mark.parametrize("form", ["blocking", "async"])
+    async def test_a_file_that_went_away_is_noticed_by_every_call(
+        self, path: str, how: str, form: str
+    ) -> None:
+        made = SQLiteQueue if form == "blocking" else AsyncSQLiteQueue
+        queue = made(path)
+
+        async def run(method: Any, *args: Any, **options: Any) -> Any:
+            if isinstance(queue, AsyncSQLiteQueue):
+                return await method(*args, **options)
+            return await asyncio.to_thread(method, *args, **options)
+
+        await run(queue.enqueue, Task("f"))
+        task = await run(queue.dequeue)
+        waiting = asyncio.ensure_future(run(queue.dequeue, "none", timeout=None))
+        await soon(lambda: database_of(queue).watch.waiters)
+        os.rename(path, path + ".old")
+        if how == "replaced":
+            other = SQLiteQueue(path)
+            other.enqueue(Task("of the new file"))
+            other.close()
+        for call in (
+            partial(queue.enqueue, Task("g")),
+            queue.dequeue,
+            partial(queue.complete, task),
+            partial(queue.extend, task),
+            queue.count_tasks,
+        ):
+            with pytest.raises(DatabaseReplacedError):
+                await run(call)
+        with pytest.raises(DatabaseReplacedError):
+            await asyncio.wait_for(waiting, CONNECTION_DEADLINE)
+        assert os.path.exists(path) is (how == "replaced")
+        if how == "replaced":
+            assert statuses(path) == ["pending"]
+        else:
+            os.rename(path + ".old", path)  # it is put back
+            await run(queue.complete, task)
+        await run(queue.close)
+
+    def test_a_commit_into_a_file_that_just_went_away_is_not_acknowledged(
+        self, path: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        class Moving(sqlite3.Connection):
+            def execute(self, sql: str, *args: Any) -> sqlite3.Cursor:
+                if sql == "COMMIT" and os.path.exists(path + ".now"):
+                    os.rename(path, path + ".old")
+                return super().execute(sql, *args)
+
+        factory = partial(sqlite3.connect, factory=Moving)
+        monkeypatch.setattr(omniq_sqlite, "_connection_factory", factory)
+        queue = SQLiteQueue(path)
+        queue.enqueue(Task("f"))
+        Path(path + ".now").touch()
+        with pytest.raises(DatabaseReplacedError):
+            queue.enqueue(Task("g"))
+        queue.close()
+
+    def test_a_directory_in_place_of_the_file(self, tmp_path: Path) -> None:
+        with pytest.raises(DatabaseAccessError, match="directory"):
+            SQLiteQueue(tmp_path).enqueue(Task("f"))
+
+    def test_a_file_in_place_of_the_folder(self, tmp_path: Path) -> None:
+        (tmp_path / "file").touch()
+        with pytest.raises(DatabaseAccessError):
+            SQLiteQueue(tmp_path / "file" / "jobs.db").enqueue(Task("f"))
+
+    @pytest.mark.parametrize(
+        "content",
+        [b"garbage" * 1000, os.urandom(8192), b"SQLite format 3\0" + b"x" * 90],
+    )
+    def test_garbage_is_refused_and_left_alone(self, path: str, content: bytes) -> None:
+        Path(path).write_bytes(content)
+        with pytest.raises(CorruptDatabaseError):
+            SQLiteQueue(path).enqueue(Task("f"))
+        assert Path(path).read_bytes() == content
+
+    def test_a_truncated_file(self, path: str) -> None:
+        with SQLiteQueue(path) as queue:
+            queue.enqueue_many([Task("f", ("x" * 1000,)) for _ in range(50)])
+        os.truncate(path, os.stat(path).st_size // 2)
+        with pytest.raises(CorruptDatabaseError), SQLiteQueue(path) as queue:
+            queue.list_tasks()
+            queue.enqueue_many([Task("f") for _ in range(50)])
+
+    def test_an_empty_file_becomes_a_database(self, path: str) -> None:
+        Path(path).touch()
+        with SQLiteQueue(path) as queue:
+            queue.enqueue(Task("f"))
+        assert statuses(path) == ["pending"]
+
+    def test_a_database_in_delete_mode_becomes_one_in_wal_mode(self, path: str) -> None:
+        with connection_raw(path) as connection:
+            connection.execute("CREATE TABLE invoice (x)")
+            assert pragma(connection, "journal_mode") == "delete"
+        with SQLiteQueue(path) as queue:
+            queue.enqueue(Task("f"))
+        with connection_raw(path) as connection:
+            assert pragma(connection, "journal_mode") == "wal"
+
+    @POSIX
+    def test_what_a_crash_left_in_the_wal_is_recovered(self, path: str) -> None:
+        run_program(
+            """
+            queue = SQLiteQueue(path)
+            queue.enqueue(Task("f"))
+            os._exit(0)
+            """,
+            path,
+        )
+        assert os.stat(path + "-wal").st_size > 0
+        with SQLiteQueue(path) as queue:
+            assert queue.count_tasks() == 1
+
+    @POSIX
+    def test_a_read_only_file_can_be_read_and_says_why_it_cannot_be_written(
+        self, path: str
+    ) -> None:
+        with SQLiteQueue(path) as queue:
+            queue.enqueue(Task("f"))
+        os.chmod(path, 0o444)
+        os.chmod(os.path.dirname(path), 0o755)
+        run_program(
+            """
+            if os.geteuid() == 0:
+                os.setegid(65534)
+                os.seteuid(65534)
+            queue = SQLiteQueue(path)
+            for call in (lambda: queue.enqueue(Task("g")), queue.dequeue):
+                try:
+                    call()
+                except (ReadOnlyDatabaseError, DatabaseAccessError):
+                    pass
+                else:
+                    raise AssertionError
+            os._exit(0)
+            """,
+            self.open_to_others(path),
+        )
+        assert statuses(path) == ["pending"]
+
+    @staticmethod
+    def open_to_others(path: str) -> str:
+        """Let every user go down to the file."""
+        for folder in Path(path).parents:
+            if folder.stat().st_uid == os.geteuid() and folder != Path("/"):
+                folder.chmod(folder.stat().st_mode | 0o055)
+        return path
+
+    def test_a_file_of_another_kind_of_error_names_the_file(self, path: str) -> None:
+        database = database_of(SQLiteQueue(path))
+        for code, kind in (
+            (sqlite3.SQLITE_BUSY, DatabaseBusyError),
+            (sqlite3.SQLITE_LOCKED, DatabaseBusyError),
+            (sqlite3.SQLITE_FULL, DatabaseFullError),
+            (sqlite3.SQLITE_READONLY, ReadOnlyDatabaseError),
+            (sqlite3.SQLITE_CORRUPT, CorruptDatabaseError),
+            (sqlite3.SQLITE_NOTADB, CorruptDatabaseError),
+            (sqlite3.SQLITE_IOERR, DatabaseAccessError),
+            (sqlite3.SQLITE_IOERR_FSYNC, DatabaseAccessError),
+            (sqlite3.SQLITE_CANTOPEN, DatabaseAccessError),
+            (sqlite3.SQLITE_INTERRUPT, OmniQError),
+        ):
+            error = sqlite3.OperationalError("why")
+            error.sqlite_errorcode = code
+            translated = database.translate(error)
+            assert type(translated) is kind
+            assert path in str(translated)
+            assert pickle.loads(pickle.dumps(translated)).args == translated.args
+
+
+@POSIX
+class TestFullDisk:
+    def test_a_quota_names_itself_and_the_same_object_works_afterwards(
+        self, path: str
+    ) -> None:
+        run_program(
+            """
+            import resource
+            queue = SQLiteQueue(path)
+            queue.enqueue(Task("f"))
+            task = queue.dequeue()
+            soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+            size = os.stat(path + "-wal").st_size + 20_000
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+            failed = []
+            for _ in range(3):
+                try:
+                    queue.enqueue(Task("large", ("x" * 100_000,)))
+                except (DatabaseFullError, DatabaseAccessError) as error:
+                    failed.append(error)
+            assert len(failed) == 3
+            assert queue.count_tasks() == 1
+            queue.complete(task)  # small enough
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+            queue.enqueue(Task("large", ("x" * 100_000,)))
+            queue.close()
+            assert rows() == ["large"], rows()
+            """,
+            path,
+        )
+
+    def test_a_full_disk_names_itself_and_the_same_object_works_afterwards(
+        self, tmp_path: Path
+    ) -> None:
+        folder = tmp_path / "small"
+        folder.mkdir()
+        mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)]
+        try:
+            mounted = subprocess.run(mount, capture_output=True, check=False)
+        except OSError:
+            pytest.skip("there is no mount command")
+        if mounted.returncode != 0:
+            pytest.skip("only root can mount a small disk")
+        try:
+            run_program(
+                """
+                queue = SQLiteQueue(path)
+                queue.enqueue(Task("f"))
+                ballast = os.path.join(os.path.dirname(path), "ballast")
+                with open(ballast, "wb") as file:
+                    try:
+                        while True:
+                            file.write(b"x" * 4096)
+                            file.flush()
+                    except OSError:
+                        pass
+                    finally:
+                        try:
+                            file.close()
+                        except OSError:
+                            pass
+                for _ in range(3):
+                    try:
+                        queue.enqueue(Task("large", ("x" * 100_000,)))
+                    except DatabaseFullError:
+                        pass
+                    else:
+                        raise AssertionError
+                assert queue.count_tasks() == 1
+                os.unlink(ballast)
+                queue.enqueue(Task("large", ("x" * 100_000,)))
+                queue.close()
+                assert rows() == ["f", "large"], rows()
+                """,
+                folder / "jobs.db",
+            )
+        finally:
+            subprocess.run(["umount", str(folder)], check=True)
+
+
+class Fault:
+    """What happens at which statement; shared by the connections of a test."""
+
+    at = 0
+    code = 0
+    ends_transaction = False
+    hit = ""
+
+    @classmethod
+    def arm(cls, at: int, code: int, *, ends_transaction: bool) -> None:
+        cls.at, cls.code, cls.hit = at, code, ""
+        cls.ends_transaction = ends_transaction
+
+    @classmethod
+    def strike(cls, connection: sqlite3.Connection, sql: str) -> None:
+        cls.at -= 1
+        if cls.at != 0:
+            return
+        cls.hit = brief(sql)
+        if cls.ends_transaction and connection.in_transaction:
+            connection.rollback()
+        error = sqlite3.OperationalError("a fault")
+        error.sqlite_errorcode = cls.code
+        raise error
+
+
+class Faulty(sqlite3.Connection):
+    """A connection whose n-th statement fails."""
+
+    def execute(self, sql: str, *args: Any) -> sqlite3.Cursor:
+        Fault.strike(self, sql)
+        return super().execute(sql, *args)
+
+    def executemany(self, sql: str, *args: Any) -> sqlite3.Cursor:
+        Fault.strike(self, sql)
+        return super().executemany(sql, *args)
+
+    def cursor(self, *_: Any, **__: Any) -> Any:
+        return super().cursor(FaultyCursor)
+
+
+class FaultyCursor(sqlite3.Cursor):
+    def execute(self, sql: str, *args: Any) -> Any:
+        Fault.strike(self.connection, sql)
+        return super().execute(sql, *args)
+
+    def executemany(self, sql: str, *args: Any) -> Any:
+        Fault.strike(self.connection, sql)
+        return super().executemany(sql, *args)
+
+
+def contents(path: object) -> dict[str, list[Any]]:
+    """Return the rows of all tables."""
+    with connection_raw(path) as connection:
+        return {
+            table: connection.execute(f"SELECT * FROM {table} ORDER BY 1").fetchall()
+            for table in ("omniq_task", "omniq_result", "omniq_event", "omniq_pause")
+        }
+
+
+CALLS: dict[str, Callable[[Any, Any], Any]] = {
+    "enqueue": lambda b, _: b.enqueue(Task("new", unique_key="k")),
+    "enqueue a duplicate": lambda b, _: b.enqueue(Task("new", unique_key="held")),
+    "enqueue_many": lambda b, _: b.enqueue_many([Task("a"), Task("b"), Task("c")]),
+    "dequeue": lambda b, _: b.queue.dequeue(),
+    "dequeue the due": lambda b, _: b.queue.dequeue("due"),
+    "complete": lambda b, task: b.queue.complete(task),
+    "complete with a result": lambda b, task: b.complete(
+        task, 42, enqueue=[Task("next", unique_key="mine"), Task("more")]
+    ),
+    "fail": lambda b, task: b.fail(task, ValueError("x"), retry=False),
+    "release": lambda b, task: b.queue.release(task, delay=5),
+    "extend": lambda b, task: b.queue.extend(task, progress=1),
+    "cancel_all": lambda b, _: b.queue.cancel_all(),
+    "pause": lambda b, _: b.queue.pause("default"),
+    "get_task": lambda b, task: b.queue.get_task(task.id),
+    "stats": lambda b, _: b.queue.stats(),
+    "query": lambda b, _: b.events.query(),
+}
+CODES = {
+    "IOERR": (sqlite3.SQLITE_IOERR, DatabaseAccessError),
+    "FULL": (sqlite3.SQLITE_FULL, DatabaseFullError),
+    "BUSY": (sqlite3.SQLITE_BUSY, DatabaseBusyError),
+    "INTERRUPT": (sqlite3.SQLITE_INTERRUPT, OmniQError),
+    "CORRUPT": (sqlite3.SQLITE_CORRUPT, CorruptDatabaseError),
+}
+
+
+class TestFaults:
+    """An error at the n-th statement of each call, for every n."""
+
+    @pytest.fixture(autouse=True)
+    def faulty(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        factory = partial(sqlite3.connect, factory=Faulty)
+        monkeypatch.setattr(omniq_sqlite, "_connection_factory", factory)
+        Fault.arm(0, 0, ends_transaction=False)
+
+    @staticmethod
+    def prepare(path: str) -> tuple[SQLiteBackend, Task]:
+        now = [1e9]
+        backend = SQLiteBackend(
+            path, events=True, synchronous="OFF", clock=lambda: now[0]
+        )
+        backend.enqueue_many([Task("mine", unique_key="mine"), Task("other")])
+        backend.enqueue(Task("held", queue="held", unique_key="held"))
+        backend.enqueue(Task("due", queue="due"), delay=5)
+        task = backend.queue.dequeue()
+        assert task is not None
+        now[0] += 10
+        backend.queue.count_tasks()
+        return backend, task
+
+    @pytest.mark.parametrize("code", CODES)
+    @pytest.mark.parametrize("name", CALLS)
+    def test_a_named_error_nothing_half_done_and_the_object_works_on(
+        self, tmp_path: Path, name: str, code: str
+    ) -> None:
+        number, kind = CODES[code]
+        path = str(tmp_path / "jobs.db")
+        backend, task = self.prepare(path)
+        before, hits = contents(path), []
+        for n in range(1, 100):
+            Fault.arm(n, number, ends_transaction=code == "FULL" or n % 2 == 0)
+            try:
+                CALLS[name](backend, task)
+            except OmniQError as error:
+                assert type(error) is kind
+                assert contents(path) == before, Fault.hit
+            else:
+                break
+            assert Fault.hit
+            hits.append(Fault.hit)
+            Fault.arm(0, 0, ends_transaction=False)
+        else:
+            pytest.fail("it never succeeded")
+        assert code == "BUSY" or hits or name in ("get_task", "stats", "query")
+        Fault.arm(0, 0, ends_transaction=False)
+        assert is_whole(path)
+        backend.enqueue(Task("afterwards", queue="afterwards"))
+        assert backend.queue.dequeue("afterwards") is not None
+        backend.close()
+
+    @pytest.mark.parametrize("name", ["enqueue", "complete", "dequeue"])
+    async def test_the_async_form_tells_it_as_well(
+        self, tmp_path: Path, name: str
+    ) -> None:
+        path = str(tmp_path / "jobs.db")
+        prepared, task = self.prepare(path)
+        prepared.close()
+        before = contents(path)
+        async with AsyncSQLiteBackend(
+            path, events=True, synchronous="OFF", clock=lambda: 1e9 + 10
+        ) as backend:
+            await backend.queue.extend(task)
+            before = contents(path)
+            hits = 0
+            for n in range(1, 100):
+                Fault.arm(n, sqlite3.SQLITE_IOERR, ends_transaction=n % 2 == 0)
+                try:
+                    await asyncio.wait_for(
+                        CALLS[name](backend, task), CONNECTION_DEADLINE
+                    )
+                except DatabaseAccessError:
+                    hits += 1
+                else:
+                    break
+                assert contents(path) == before, Fault.hit
+            assert hits >= 3
+
+    def test_a_rollback_that_fails_costs_the_connection_and_nothing_else(
+        self, path: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        class Stuck(sqlite3.Connection):
+            broken = False
+
+            def execute(self, sql: str, *args: Any) -> sqlite3.Cursor:
+                if Stuck.broken and sql in ("COMMIT", "ROLLBACK"):
+                    raise sqlite3.OperationalError("stuck")
+                return super().execute(sql, *args)
+
+        factory = partial(sqlite3.connect, factory=Stuck)
+        monkeypatch.setattr(omniq_sqlite, "_connection_factory", factory)
+        with SQLiteQueue(path) as queue:
+            queue.enqueue(Task("f"))
+            Stuck.broken = True
+            with pytest.raises(OmniQError, match="stuck"):
+                queue.enqueue(Task("g"))
+            Stuck.broken = False
+            queue.enqueue(Task("h"))
+            assert connection_fetch(path, "SELECT func FROM omniq_task ORDER BY 1") == [
+                "f",
+                "h",
+            ]
+
+    def test_an_error_while_opening_leaves_nothing_open(
+        self, path: str, spied: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def refuse(*_: object) -> None:
+            raise sqlite3.OperationalError("refused")
+
+        monkeypatch.setattr(omniq_sqlite._Database, "_ensure_schema", refuse)
+        queue = SQLiteQueue(path)
+        with pytest.raises(OmniQError, match="refused"):
+            queue.enqueue(Task("f"))
+        with pytest.raises(sqlite3.ProgrammingError, match="closed"):
+            Spied.opened[0].execute("SELECT 1")
+        monkeypatch.undo()
+        queue.enqueue(Task("f"))
+        queue.close()
+
+
+# =============================================================================
+# Many processes
+# =============================================================================
+
+CONSUMER = """
+queue = SQLiteQueue(path, synchronous="NORMAL")
+log = os.open(arguments[0], os.O_CREAT | os.O_APPEND | os.O_WRONLY, 0o600)
+print("ready", flush=True)
+while (task := queue.dequeue(timeout=3.0)) is not None and task.func != "stop":
+    os.write(log, task.func.encode() + b"\\n")
+    queue.complete(task)
+if task is not None:
+    queue.complete(task)
+queue.close()
+"""
+
+ASYNC_CONSUMER = """
+log = os.open(arguments[0], os.O_CREAT | os.O_APPEND | os.O_WRONLY, 0o600)
+async def consume(queue):
+    while True:
+        task = await queue.dequeue(timeout=3.0)
+        if task is None:
+            return
+        if task.func == "stop":
+            await queue.complete(task)
+            return
+        os.write(log, task.func.encode() + b"\\n")
+        await queue.complete(task)
+async def main():
+    async with AsyncSQLiteQueue(path, synchronous="NORMAL") as queue:
+        print("ready", flush=True)
+        await consume(queue)
+asyncio.run(main())
+"""
+
+
+class TestManyProcesses:
+    def test_two_producers_and_four_consumers_work_each_task_once(
+        self, programs: Programs, path: str
+    ) -> None:
+        SQLiteQueue(path).enqueue(Task("warm", queue="warm"))
+        producer = """
+            queue = SQLiteQueue(path, synchronous="NORMAL")
+            name = arguments[0]
+            for number in range(0, 750, 3):
+                queue.enqueue(Task(f"{name}{number:03}"))
+                queue.enqueue_many([Task(f"{name}{number + n:03}") for n in (1, 2)])
+            queue.close()
+        """
+        consumers = [
+            programs.start(code, path, f"{path}.{n}")
+            for n, code in enumerate(
+                [CONSUMER, CONSUMER, ASYNC_CONSUMER, ASYNC_CONSUMER]
+            )
+        ]
+        for program in consumers:
+            assert programs.read(program) == "ready"
+        producers = [programs.start(producer, path, name) for name in "ab"]
+        for program in producers:
+            programs.finish(program)
+        with SQLiteQueue(path) as queue:
+            queue.enqueue_many([Task("stop", priority=-1) for _ in consumers])
+        for program in consumers:
+            programs.finish(program)
+        worked: list[str] = []
+        for n in range(4):
+            worked += Path(f"{path}.{n}").read_text().split()
+        wanted = [f"{name}{number:03}" for name in "ab" for number in range(750)]
+        assert sorted(worked) == wanted
+        assert statuses(path) == ["pending"]
+        assert is_whole(path)
+
+    def test_no_process_is_starved(self, programs: Programs, path: str) -> None:
+        """SQLite's own busy wait gave one of eight a single commit in 4 seconds."""
+        SQLiteQueue(path).enqueue(Task("f"))
+        code = """
+            queue = SQLiteQueue(path)
+            queue.count_tasks()
+            print("ready", flush=True)
+            sys.stdin.readline()
+            count, longest = 0, 0.0
+            end = time.monotonic() + 1.5
+            while (began := time.monotonic()) < end:
+                queue.enqueue(Task("f"))
+                longest = max(longest, time.monotonic() - began)
+                count += 1
+            print(count, longest)
+            queue.close()
+        """
+        started = [programs.start(code, path) for _ in range(4)]
+        for program in started:
+            assert programs.read(program) == "ready"
+        for program in started:
+            assert program.stdin is not None
+            program.stdin.write("\n")
+            program.stdin.flush()
+        found = [programs.finish(program).split() for program in started]
+        counts = [int(count) for count, _ in found]
+        assert min(counts) / max(counts) > 0.2, found
+        assert max(float(longest) for _, longest in found) < 1.0, found
+
+    def test_a_stopped_holder_of_the_lock_is_waited_for_by_name(
+        self, programs: Programs, path: str
+    ) -> None:
+        SQLiteQueue(path).enqueue(Task("f"))
+        holder = programs.start(
+            """
+            connection = sqlite3.connect(path, isolation_level=None)
+            connection.execute("BEGIN IMMEDIATE")
+            print("ready", flush=True)
+            sys.stdin.readline()
+            connection.execute("COMMIT")
+            """,
+            path,
+        )
+        assert programs.read(holder) == "ready"
+        if os.name == "posix":
+            holder.send_signal(signal.SIGSTOP)
+        with SQLiteQueue(path, busy_timeout=0.3) as queue:
+            with pytest.raises(DatabaseBusyError):
+                queue.enqueue(Task("g"))
+            assert queue.count_tasks() == 1
+            if os.name == "posix":
+                holder.send_signal(signal.SIGCONT)
+            programs.finish(holder) if holder.stdin is None else holder.communicate(
+                "\n"
+            )
+            queue.enqueue(Task("h"))
+        assert connection_fetch(path, "SELECT func FROM omniq_task ORDER BY seq") == [
+            "f",
+            "h",
+        ]
+
+    def test_opening_and_closing_beside_writers_surfaces_nothing(
+        self, programs: Programs, path: str
+    ) -> None:
+        """Reads and opens meet another process's first open and last close."""
+        code = """
+            for number in range(25):
+                with SQLiteQueue(path, synchronous="OFF") as queue:
+                    queue.enqueue(Task("f"))
+                    queue.count_tasks()
+                    queue.dequeue("none")
+        """
+        started = [programs.start(code, path) for _ in range(4)]
+        for program in started:
+            programs.finish(program)
+        assert statuses(path) == ["pending"] * 100
+        assert is_whole(path)
+
+
+# =============================================================================
+# Crashes
+# =============================================================================
+
+KILLS = """
+import contextlib
+template = path + ".template"
+now = 1_800_000_000.0
+def backend():
+    return SQLiteBackend(path, events=True, clock=lambda: now)
+calls = {
+    "enqueue": lambda b, t: b.enqueue(Task("new")),
+    "enqueue_many": lambda b, t: b.enqueue_many([Task("a"), Task("b"), Task("c")]),
+    "dequeue": lambda b, t: b.queue.dequeue(),
+    "dequeue the due": lambda b, t: b.queue.dequeue("due"),
+    "complete": lambda b, t: b.queue.complete(t),
+    "complete with a result": lambda b, t: b.complete(
+        t, 42, enqueue=[Task("next", unique_key="mine"), Task("more")]),
+    "fail": lambda b, t: b.fail(t, ValueError("x"), retry=False),
+    "fail and retry": lambda b, t: b.fail(t, ValueError("x"), delay=1),
+    "release": lambda b, t: b.queue.release(t),
+    "cancel_all": lambda b, t: b.queue.cancel_all(),
+}
+def snapshot():
+    connection = sqlite3.connect(path, isolation_level=None)
+    with contextlib.closing(connection):
+        assert connection.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
+        return [
+            connection.execute("SELECT func, status, attempt, error IS NULL"
+                               " FROM omniq_task ORDER BY seq").fetchall(),
+            connection.execute("SELECT task_id, status FROM omniq_result").fetchall(),
+            connection.execute("SELECT type FROM omniq_event ORDER BY 1").fetchall(),
+        ]
+def restore():
+    for end in ("-wal", "-shm"):
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path + end)
+    with open(template, "rb") as source, open(path, "wb") as target:
+        target.write(source.read())
+def prepare():
+    with backend() as b:
+        b.enqueue_many([Task("mine", unique_key="mine"), Task("other")])
+        b.enqueue(Task("due", queue="due"), delay=-0.0)
+        task = b.queue.dequeue()
+    os.rename(path, template)
+    import pickle
+    return pickle.dumps(task)
+def attempt(call, task, deadly):
+    "Run a call in a child that dies before its n-th statement."
+    import pickle
+    count = 0
+    def trace(sql):
+        nonlocal count
+        count += 1
+        if count == deadly:
+            os._exit(9)
+    class Mortal(sqlite3.Connection):
+        def __init__(self, *a, **k):
+            super().__init__(*a, **k)
+            self.set_trace_callback(trace)
+    import functools
+    connect = functools.partial(sqlite3.connect, factory=Mortal)
+    omniq_sqlite._connection_factory = connect
+    b = backend()
+    b.queue.count_tasks()
+    count = 0
+    call(b, pickle.loads(task))
+    os._exit(0)
+task, kills = prepare(), 0
+for name, call in calls.items():
+    restore()
+    before = snapshot()
+    outcomes = []
+    for deadly in range(1, 60):
+        restore()
+        pid = os.fork()
+        if pid == 0:
+            try:
+                signal.alarm(20)
+                attempt(call, task, deadly)
+            finally:
+                os._exit(70)
+        status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        assert status in (0, 9), (name, deadly, status)
+        outcomes.append(snapshot())
+        if status == 0:
+            break
+        kills += 1
+    after = outcomes[-1]
+    assert after != before, name
+    for deadly, outcome in enumerate(outcomes, 1):
+        assert outcome in (before, after), (name, deadly, outcome)
+    assert before in outcomes, name
+print(kills)
+"""
+
+
+@POSIX
+class TestCrashes:
+    def test_a_kill_at_every_statement_leaves_all_or_nothing(self, path: str) -> None:
+        assert int(run_program(KILLS, path, deadline=60)) > 60
+
+    def test_kills_at_random_moments_lose_and_double_nothing(
+        self, programs: Programs, path: str
+    ) -> None:
+        """Counts are kept in files, so that the judge is not the accused."""
+        SQLiteQueue(path).enqueue(Task("warm", queue="warm"))
+        producer = """
+            queue = SQLiteQueue(path, synchronous="NORMAL")
+            log = os.open(arguments[0], os.O_CREAT | os.O_APPEND | os.O_WRONLY, 0o600)
+            print("ready", flush=True)
+            for number in range(100_000):
+                task_id = queue.enqueue(Task("f"))
+                os.write(log, task_id.encode() + b"\\n")
+        """
+        consumer = """
+            queue = SQLiteQueue(path, synchronous="NORMAL")
+            log = os.open(arguments[0], os.O_CREAT | os.O_APPEND | os.O_WRONLY, 0o600)
+            print("ready", flush=True)
+            while True:
+                task = queue.dequeue(timeout=None, lease=3600)
+                queue.complete(task)
+                os.write(log, task.id.encode() + b"\\n")
+        """
+        random.seed(6)
+        for number in range(6):
+            started = [
+                programs.start(producer, path, path + ".in"),
+                programs.start(consumer, path, path + ".out"),
+            ]
+            for program in started:
+                assert programs.read(program) == "ready"
+            time.sleep(random.uniform(0.02, 0.2))
+            for program in random.sample(started, 2):
+                program.send_signal(signal.SIGKILL)
+                program.communicate()
+            assert is_whole(path), number
+        acknowledged = Path(path + ".in").read_text().split()
+        completed = Path(path + ".out").read_text().split()
+        left = connection_fetch(
+            path, "SELECT id FROM omniq_task WHERE queue = 'default'"
+        )
+        assert len(completed) == len(set(completed)) > 0
+        assert not set(completed) & set(left)  # nothing complete can run again
+        # At most one task of each killed consumer was completed without a note.
+        missing = set(acknowledged) - set(completed) - set(left)
+        assert len(missing) <= 6
+        running = connection_fetch(
+            path, "SELECT id FROM omniq_task WHERE status = 'running'"
+        )
+        assert len(running) <= 6
+
+    def test_a_killed_holder_of_the_lock_blocks_nobody(
+        self, programs: Programs, path: str
+    ) -> None:
+        SQLiteQueue(path).enqueue(Task("f"))
+        holder = programs.start(
+            """
+            connection = sqlite3.connect(path, isolation_level=None)
+            connection.execute("BEGIN IMMEDIATE")
+            connection.execute("UPDATE omniq_task SET func = 'g'")
+            print("ready", flush=True)
+            sys.stdin.readline()
+            """,
+            path,
+        )
+        assert programs.read(holder) == "ready"
+        threads = Threads()
+        with SQLiteQueue(path) as queue:
+            threads.start(queue.enqueue, Task("h"))
+            until(lambda: database_of(queue).pending)
+            holder.kill()
+            threads.join()
+        assert connection_fetch(path, "SELECT func FROM omniq_task ORDER BY seq") == [
+            "f",
+            "h",
+        ]
 
 
 WORKER_DEADLINE = 30.0
@@ -6897,7 +10090,7 @@ class TestTaskRegistry:
     def test_it_pickles_as_references_to_its_functions(self) -> None:
         tasks = TaskRegistry()
         tasks.register(thumbnail, name="small", priority=7)
-        copy = pickle.loads(pickle.dumps(tasks))  # noqa: S301 (our own bytes)
+        copy = pickle.loads(pickle.dumps(tasks))
         assert copy["small"].function is thumbnail
         assert copy["small"].task("a").priority == 7
 
@@ -6912,7 +10105,7 @@ class TestTaskRegistry:
     ) -> None:
         notebook = types.ModuleType("__main__")
         monkeypatch.setitem(sys.modules, "__main__", notebook)
-        exec("def inner(): pass", notebook.__dict__)  # noqa: S102 (as a cell would)
+        exec("def inner(): pass", notebook.__dict__)
         tasks = TaskRegistry()
         tasks.register(notebook.inner)
         with pytest.raises(TypeError, match="move the function to a module"):
@@ -7159,7 +10352,7 @@ class TestRun:
                 time.sleep(0.02)
                 asked = time.monotonic()
                 rig.enqueue(note.task())
-                eventually(lambda: len(began) == number)  # noqa: B023
+                eventually(lambda: len(began) == number)
                 assert began[-1] - asked < 1.0
 
     def test_it_can_run_again(self, rig: Rig) -> None:
@@ -7172,11 +10365,20 @@ class TestRun:
             assert rig.perform(worker, until_empty=True) == 0
             assert rig.value(task_id) == "a:128"
 
+    def test_no_thread_is_left_when_it_ends(self, rig: Rig) -> None:
+        rig.enqueue(rig.tasks.register(thumbnail).task("a"))
+        before = threading.active_count()
+        rig.run(lease=0.1)
+        eventually(lambda: threading.active_count() == before)
+
     def test_it_runs_only_once_at_a_time(self, rig: Rig) -> None:
         with rig.at_work() as at_work:
             eventually(rig.queue.list_workers)
+            run = functools.partial(at_work.worker.run, signals=False)
             with pytest.raises(RuntimeError, match="already"):
-                rig.perform(at_work.worker)
+                asyncio.run(run()) if rig.is_async else run()
+            [task_id] = rig.enqueue(rig.tasks.register(thumbnail).task("a"))
+            eventually(lambda: rig.backend.results.get(task_id))
 
     def test_a_memory_database_outlives_the_worker(self) -> None:
         tasks = TaskRegistry()
@@ -7566,7 +10768,7 @@ class TestHeartbeat:
         @rig.tasks.register(max_attempts=1)
         async def block() -> str:
             runs.append(current_task().attempt)
-            time.sleep(3)  # noqa: ASYNC251 (that is the point)
+            time.sleep(3)
             return "done"
 
         [task_id] = rig.enqueue(block.task())
@@ -7578,7 +10780,7 @@ class TestHeartbeat:
     def test_it_runs_in_a_thread_of_its_own(self, other: Rig) -> None:
         @other.tasks.register
         async def block() -> None:
-            time.sleep(0.4)  # noqa: ASYNC251 (that is the point)
+            time.sleep(0.4)
 
         other.enqueue(block.task())
         other.run(lease=0.3, name="w")
@@ -7933,6 +11135,47 @@ class TestTimeout:
             """)
         assert program.end() == 75
         assert program.errors == ""
+
+    def test_an_async_function_that_blocks_the_loop_for_ever_ends_the_process(
+        self, start: Callable[..., Program]
+    ) -> None:
+        program = start("""
+            import sys, time
+            from omniq_sqlite import SQLiteBackend, TaskRegistry, Worker
+
+            tasks = TaskRegistry()
+
+            @tasks.register(timeout=0.05, max_attempts=1)
+            async def block():
+                while True:
+                    time.sleep(0.01)
+
+            with SQLiteBackend("jobs.db") as backend:
+                backend.enqueue(block.task())
+                sys.exit(Worker(backend, tasks, grace=0.1).run())
+            """)
+        assert program.end() == 75
+
+    def test_where_the_process_is_not_the_workers_its_leases_end(
+        self, other: Rig, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(omniq_sqlite, "_LAST_WRITES", 0.1)
+        extended: list[int] = []
+
+        @other.tasks.register(timeout=0.05, max_attempts=1)
+        async def block() -> None:
+            time.sleep(1.0)
+            extended.append(other.queue.count("extend"))
+            time.sleep(0.5)
+            extended.append(other.queue.count("extend"))
+
+        @other.tasks.register
+        def wait() -> None:
+            eventually(lambda: len(extended) == 2)
+
+        other.enqueue(block.task(), wait.task())
+        assert other.perform(other.worker(grace=0.1, lease=0.3)) == 75
+        assert extended[0] == extended[1] > 0
 
 
 # =============================================================================
@@ -8330,7 +11573,7 @@ CREW_PROGRAM = """
 
     @tasks.register
     async def wait():
-        print(os.getpid(), flush=True)
+        os.write(1, f"{os.getpid()}\\n".encode())  # whole, beside other processes
         await asyncio.sleep(60)
 
     def main(run):
@@ -8503,7 +11746,7 @@ class TestWorkerProcesses:
 
             @contextlib.contextmanager
             def span():
-                print("enter", flush=True)
+                os.write(1, b"enter\\n")
                 yield
 
             def run("""
@@ -8535,7 +11778,8 @@ class TestWorkerProcesses:
             backend.enqueue(wait.task())
             run = lambda: worker.run(processes=2)
             threading.Thread(target=run, daemon=True).start()
-            time.sleep(1.5)
+            while not backend.queue.count_tasks(status="running"):
+                time.sleep(0.05)
             """)
         )
         pid = int(program.line())
@@ -8648,17 +11892,20 @@ class TestTrouble:
 
     def test_a_claim_that_comes_after_the_stop_is_given_back(self, other: Rig) -> None:
         plain = other.tasks.register(thumbnail)
-        claim, asked = other.queue.claim, threading.Event()
+        claim, asked, ended = other.queue.claim, threading.Event(), threading.Event()
 
         def slow(*args: Any) -> list[Task]:
             asked.set()
             time.sleep(0.1)
-            return cast(list[Task], claim(*args))
+            claimed = cast(list[Task], claim(*args))
+            ended.set()
+            return claimed
 
         other.queue.claim = slow
         [task_id] = other.enqueue(plain.task("a"))
         with other.at_work():
             assert asked.wait(WORKER_DEADLINE)
+        assert ended.wait(WORKER_DEADLINE)
         status = other.get(task_id).status
         assert status in (TaskStatus.PENDING, TaskStatus.COMPLETED)
 
@@ -8995,7 +12242,7 @@ class TestDemo:
         expected = expected_digests(tmp_path / "tree")
         assert stored_digests(db) == expected
 
-    def test_sigterm_stops_it_in_the_middle_of_a_large_file(
+    def test_ctrl_c_in_the_middle_of_a_large_file_costs_no_attempt(
         self, tmp_path: Path
     ) -> None:
         (tmp_path / "tree").mkdir()
@@ -9007,7 +12254,7 @@ class TestDemo:
             "demo", "tree", "--db", "d.db", "--workers", "2", cwd=tmp_path
         )
         wait_until(lambda: db.exists() and len(count_events(db, "dequeued")) == 2)
-        process.terminate()
+        os.killpg(process.pid, signal.SIGINT)
         assert finish(process, 2)[1] == "stopped, 2 files left; run it again to go on\n"
         assert process.returncode == 130
         with SQLiteBackend(db) as backend:
@@ -9032,28 +12279,24 @@ class TestDemo:
         assert done.returncode == 0
         assert len(stored_values(tmp_path / "d.db")) == 4
 
-    def test_what_was_cancelled_or_lost_its_result_is_done_again(
+    def test_what_was_cancelled_is_done_by_the_next_run(
         self, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
         db = tmp_path / "d.db"
         arguments = ["demo", str(folder), "--db", str(db), "--workers", "1"]
         assert main(arguments) == 0
-        (folder / "new").write_text("new")
+        path = folder / "new"
+        path.write_text("new")
         with SQLiteBackend(db) as backend:
-            assert backend.results is not None
-            [first, *_] = backend.results.list_results()
-            backend.results.delete(first.task_id)
-            status = (folder / "new").stat()
-            version = (status.st_ino, status.st_size, status.st_mtime_ns)
-            key = omniq_sqlite._file_id(str(folder / "new"), version)
-            task = Task("fingerprint", queue="demo", id=key, max_attempts=1)
+            key = omniq_sqlite._file_id(
+                str(path), omniq_sqlite._version_of(path.stat())
+            )
+            task = Task("fingerprint", (str(path),), queue="demo", id=key)
             backend.queue.cancel(backend.enqueue(task))
         capsys.readouterr()
-        assert main(arguments) == 1  # the cancelled one has no argument
+        assert main(arguments) == 0
         output = capsys.readouterr().out
-        assert (fact(output, "done now"), fact(output, "failed")) == ("1", "1")
-        assert main(arguments) == 1
-        assert fact(capsys.readouterr().out, "done before") == "3"
+        assert (fact(output, "done before"), fact(output, "done now")) == ("3", "1")
 
     def test_a_second_run_beside_the_first_adds_nothing_twice_and_both_end(
         self, tmp_path: Path
@@ -9207,36 +12450,25 @@ class TestDemo:
     ) -> None:
         db = folder / "d.db"
         with SQLiteBackend(db):
-            pass
-        os.link(db, folder / "another name of it")
-        opened: list[str] = []
+            os.link(db, folder / "another name of it")
+            os.link(f"{db}-wal", folder / "another name of its log")
+            opened: list[str] = []
 
-        def note(name: str, flags: int) -> int:
-            opened.append(name)
-            return os.open(name, flags)
+            def note(name: str, flags: int) -> int:
+                opened.append(name)
+                return os.open(name, flags)
 
-        monkeypatch.setattr(omniq_sqlite, "_open_regular", note)
-        assert main(["demo", str(folder), "--db", str(db), "--workers", "1"]) == 0
+            monkeypatch.setattr(omniq_sqlite, "_open_regular", note)
+            assert main(["demo", str(folder), "--db", str(db), "--workers", "1"]) == 0
         assert sorted(map(os.path.basename, opened)) == ["a.txt", "b.bin", "c.tar.gz"]
-
-    def test_a_queued_name_that_became_the_database_is_refused(
-        self, tmp_path: Path
-    ) -> None:
-        db = tmp_path / "d.db"
-        with SQLiteBackend(db), omniq_sqlite._in_demo(str(db)):
-            os.link(db, tmp_path / "file")
-            for name in ("d.db", "file"):
-                with pytest.raises(FileNotFoundError, match="no regular"):
-                    asyncio.run(omniq_sqlite._hash_file(str(tmp_path / name)))
 
     def test_a_name_that_became_a_link_or_a_fifo_is_refused(self, folder: Path) -> None:
         (folder / "link").symlink_to("a.txt")
         os.mkfifo(folder / "fifo")
-        for name in ("link", "fifo"):
-            with pytest.raises(FileNotFoundError, match="no regular"):
-                asyncio.run(omniq_sqlite._hash_file(str(folder / name)))
-        with pytest.raises(OSError, match="link"):  # too late for lstat to see
-            omniq_sqlite._open_regular(str(folder / "link"), os.O_RDONLY)
+        with pytest.raises(FileNotFoundError, match="no regular"):
+            asyncio.run(omniq_sqlite._hash_file(str(folder / "fifo")))
+        with pytest.raises(OSError, match="link"):
+            asyncio.run(omniq_sqlite._hash_file(str(folder / "link")))
 
     def test_a_paused_queue_is_said_to_be_paused(
         self, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -9579,13 +12811,12 @@ class TestList:
     ) -> None:
         path = str(tmp_path / "jobs.db")
         with SQLiteBackend(path) as backend:
-            wide = "\N{CJK UNIFIED IDEOGRAPH-6F22}" * 50
-            task_id = backend.enqueue(Task("function" * 9, (wide, "x" * 300)))
+            task_id = backend.enqueue(Task("function" * 9, ("x" * 300,)))
         monkeypatch.setenv("COLUMNS", str(columns))
         assert main(["list", path]) == 0
         lines = capsys.readouterr().out.splitlines()
         assert lines[1].startswith(task_id)
-        assert max(map(omniq_sqlite._columns_of, lines)) <= columns
+        assert max(map(len, lines)) <= columns
 
     def test_without_a_terminal_nothing_is_cut_short_of_200_characters(
         self,
@@ -9630,7 +12861,7 @@ class TestShow:
         kinds = [event["type"] for event in record["events"]]
         assert kinds == ["enqueued", "dequeued", "completed"]
 
-    def test_payloads_in_json_are_as_they_are_stored(
+    def test_json_shows_what_json_has_no_form_for(
         self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
         path = str(tmp_path / "jobs.db")
@@ -9641,7 +12872,7 @@ class TestShow:
         [record] = lines_of(capsys.readouterr().out)
         assert record["task"]["args"] == [
             {"$bytes": "/w=="},
-            {"$datetime": "2026-01-31T00:00:00+00:00"},
+            "2026-01-31T00:00:00+00:00",
         ]
         assert record["task"]["run_at"] == "2026-01-31T00:00:00+00:00"
 
@@ -9820,7 +13051,7 @@ class TestMain:
         monkeypatch: pytest.MonkeyPatch,
         capsys: pytest.CaptureFixture[str],
     ) -> None:
-        def interrupt(path: str) -> frozenset[str]:
+        def interrupt(path: str, *wanted: str) -> frozenset[str]:
             raise KeyboardInterrupt
 
         monkeypatch.setattr(omniq_sqlite, "_components", interrupt)
@@ -9833,7 +13064,7 @@ class TestMain:
         monkeypatch: pytest.MonkeyPatch,
         capsys: pytest.CaptureFixture[str],
     ) -> None:
-        def fail(path: str) -> frozenset[str]:
+        def fail(path: str, *wanted: str) -> frozenset[str]:
             raise TypeError("wrong\n\x1btype")
 
         monkeypatch.setattr(omniq_sqlite, "_components", fail)
@@ -9885,7 +13116,7 @@ class TestMain:
 
     def test_printable_escapes_what_a_terminal_would_act_on(self) -> None:
         text = "a b\N{SNOWMAN}\n\t\x1b[0m\x9b\udcff\ud800\u202e\u2028\0"
-        expected = "a b\N{SNOWMAN}\\n\\t\\x1b[0m\\x9b\\xff\\ud800\\u202e\\u2028\\x00"
+        expected = "a b\N{SNOWMAN}\\n\\t\\x1b[0m\\x9b\\udcff\\ud800\\u202e\\u2028\\x00"
         assert omniq_sqlite._printable(text) == expected
 
 
