@@ -547,7 +547,7 @@ def _show(value: object) -> str:
     """Return a short `repr`, also of what has none."""
     try:
         return _shorten(repr(value), 100)
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 -- whatever a foreign repr raises
         return f"a {type(value).__name__} without a repr ({type(error).__name__})"
 
 
@@ -578,7 +578,7 @@ def new_id() -> str:
     random bits (RFC 9562, section 6.2, method 1). A clock that steps back does
     not make ids descend: they go on from the last one.
     """
-    global _last_id
+    global _last_id  # noqa: PLW0603 -- one counter for the process
     random_bits = int.from_bytes(os.urandom(10))
     candidate = (time.time_ns() // 1_000_000) << 74 | random_bits >> 6
     with _id_lock:
@@ -784,6 +784,7 @@ class Finding:
 # What a worker and a backend rely on. Another engine that has these methods can
 # stand in for the SQLite one; parameters mean what the classes below say.
 
+# ruff: disable[D102]
 
 QueueNames = str | Sequence[str]
 
@@ -1098,6 +1099,9 @@ class Backend(Protocol):
     def result(self, task_id: str, *, timeout: float | None = None) -> TaskResult: ...
     def cleanup(self) -> dict[str, int]: ...
     def close(self) -> None: ...
+
+
+# ruff: enable[D102]
 
 
 # =============================================================================
@@ -2600,7 +2604,7 @@ class _Bell:
         try:
             changed = not self.database.memory and self._version_moved()
             now = self.database.options.clock()
-        except Exception:
+        except Exception:  # noqa: BLE001 (whoever looks gets the error)
             changed, now = True, 0.0
         if changed:
             self.ring()
@@ -2932,7 +2936,7 @@ class _Database:
                     group = self._look(connection)
                     if not group or self._commit(connection, group):
                         break
-            except Exception as error:
+            except Exception as error:  # noqa: BLE001 (it is everybody's outcome)
                 self._refuse(group or list(self.pending), error)
                 break
             since = group[0].since
@@ -2967,7 +2971,7 @@ class _Database:
             if request.operation.look(connection):
                 return True
             request.result = request.operation.idle()
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 (it is the caller's outcome)
             if _is_busy(error):
                 return True  # the transaction will tell
             self._set_error(request, error)
@@ -3384,7 +3388,7 @@ def _dispose(
 @atexit.register
 def _close_at_exit() -> None:
     """Close what was forgotten, so that the WAL is folded in; never wait long."""
-    global _exiting
+    global _exiting  # noqa: PLW0603 -- the process exits once
     _exiting = True
     for database in list(_databases):
         database.shut(timeout=0.5)
@@ -3809,7 +3813,7 @@ class _AsyncGateway:
         def run() -> None:
             try:
                 result = database.read(function)
-            except BaseException as error:
+            except BaseException as error:  # noqa: BLE001 (delivered)
                 _call_soon(loop, _set_exception, future, error)
             else:
                 _call_soon(loop, _set_result, future, result)
@@ -4169,7 +4173,7 @@ def _message_of(error: BaseException) -> str:
     """Return an exception's text, also of one that cannot tell it."""
     try:
         return str(error)
-    except Exception as second:
+    except Exception as second:  # noqa: BLE001 -- whatever a foreign __str__ raises
         return f"(its message cannot be read: {type(second).__name__})"
 
 
@@ -5823,7 +5827,7 @@ def _current_token() -> EventLoopToken:
 
     try:
         return current_token()
-    except Exception:
+    except Exception:  # noqa: BLE001 -- anyio's class for this is not in old ones
         raise RuntimeError(
             "from_async() must be called where the event loop runs"
         ) from None
@@ -7474,7 +7478,7 @@ class _Threads:
             try:
                 run.thread = threading.get_ident()
                 run.outcome = _Outcome(run.call())
-            except BaseException as error:
+            except BaseException as error:  # noqa: BLE001 -- SystemExit is a failure too
                 run.outcome = _judge(error)
             # A thread that was interrupted raises as soon as it goes on, so after
             # this line nothing is left to be raised in what it does next.
@@ -7616,7 +7620,7 @@ class _Heartbeat:
             )
         except LeaseLostError:
             self._lose(run)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 -- a heartbeat never gives up
             logger.warning("cannot extend task %s: %s", run.task.id, error)
             run.extend_at = time.monotonic() + min(1.0, self._interval / 3)
         else:
@@ -7632,7 +7636,7 @@ class _Heartbeat:
             await self._backend.fail(run.task, error)
         except LeaseLostError:
             pass
-        except Exception as failure:
+        except Exception as failure:  # noqa: BLE001 -- as above
             logger.warning("cannot fail task %s: %s", run.task.id, failure)
             run.give_up_at = time.monotonic() + 1.0
             self._woken.set()
@@ -7645,8 +7649,8 @@ def _own_copy(backend: AsyncBackend) -> tuple[AsyncBackend, bool]:
     import pickle  # here, because it costs import time
 
     try:
-        return pickle.loads(pickle.dumps(backend)), True
-    except Exception:
+        return pickle.loads(pickle.dumps(backend)), True  # noqa: S301 -- our own bytes
+    except Exception:  # noqa: BLE001 -- another engine may fail in any way
         return backend, False
 
 
@@ -7789,7 +7793,7 @@ class _Shift:
                 pause = 0.0
             except StorageClosedError:
                 raise
-            except Exception as error:
+            except Exception as error:  # noqa: BLE001 -- the database may recover
                 pause = _longer(pause)
                 logger.warning("cannot claim, next try in %.1f s: %s", pause, error)
                 await asyncio.sleep(pause)
@@ -7855,7 +7859,7 @@ class _Shift:
             await asyncio.sleep(_CLEANUP_INTERVAL * random.uniform(0.75, 1.25))
             try:
                 await self._worker.backend.cleanup()
-            except Exception as error:
+            except Exception as error:  # noqa: BLE001 -- the next one may do better
                 logger.warning("cleanup failed: %s", error)
 
     # -- running -------------------------------------------------------------
@@ -7887,7 +7891,7 @@ class _Shift:
         """Start a run whose lease may have ended, if it is still ours."""
         try:
             await self._worker.backend.queue.extend(run.task, self._worker.lease)
-        except (Exception, asyncio.CancelledError) as error:
+        except (Exception, asyncio.CancelledError) as error:  # noqa: BLE001
             self._warn(run, "is left to its lease: %s", error)
             self._runs.discard(run)
             self._free_slot()
@@ -7935,7 +7939,7 @@ class _Shift:
             run.outcome = _Outcome(await self._await(run, function))
         except asyncio.CancelledError as error:
             run.outcome = self._judge_cancelled(run, error)
-        except BaseException as error:
+        except BaseException as error:  # noqa: BLE001 -- SystemExit is a failure too
             run.outcome = _judge(error)
         while run.job is not None and run.job.cancelling():
             run.job.uncancel()
@@ -8021,7 +8025,7 @@ class _Shift:
                     return self._warn(run, "has lost its lease; its outcome is dropped")
                 except StorageClosedError as error:
                     return self._warn(run, "is left to its lease: %s", error)
-                except Exception as error:
+                except Exception as error:  # noqa: BLE001 -- it may recover
                     pause = _longer(pause)
                     self._warn(run, "cannot be settled yet: %s", error)
                     await asyncio.sleep(pause)
@@ -8308,7 +8312,7 @@ class _Crew:
             try:
                 await self._worker.backend.queue.reclaim(name)
                 return
-            except Exception as error:
+            except Exception as error:  # noqa: BLE001 -- its leases end by themselves
                 logger.warning("cannot reclaim the tasks of %s: %s", name, error)
                 if self._stopped.is_set():
                     return
@@ -8726,7 +8730,7 @@ class Worker:
         def serve() -> None:
             try:
                 ended.put(_run_loop(work()))
-            except BaseException as error:
+            except BaseException as error:  # noqa: BLE001 -- raised in the caller
                 ended.put(error)
 
         threading.Thread(target=serve, name=self.name, daemon=True).start()
@@ -9568,7 +9572,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _discard_output()
     except KeyboardInterrupt:
         status = 130
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 -- never a traceback
         text = str(error)
         if not isinstance(error, (OmniQError, OSError, ValueError)):
             text = f"{type(error).__name__}: {text}"

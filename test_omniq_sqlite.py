@@ -154,7 +154,7 @@ async def aside(method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     def run() -> None:
         try:
             future.set_result(method(*args, **kwargs))
-        except BaseException as error:
+        except BaseException as error:  # noqa: BLE001 -- delivered to who awaits
             future.set_exception(error)
 
     threading.Thread(target=run, daemon=True).start()
@@ -6205,7 +6205,7 @@ class Threads:
         def run() -> None:
             try:
                 function(*args)
-            except BaseException as error:
+            except BaseException as error:  # noqa: BLE001 -- raised by `join`
                 self.errors.append(error)
 
         thread = threading.Thread(target=run, daemon=True)
@@ -10105,7 +10105,7 @@ class TestTaskRegistry:
     ) -> None:
         notebook = types.ModuleType("__main__")
         monkeypatch.setitem(sys.modules, "__main__", notebook)
-        exec("def inner(): pass", notebook.__dict__)
+        exec("def inner(): pass", notebook.__dict__)  # noqa: S102 (as a cell would)
         tasks = TaskRegistry()
         tasks.register(notebook.inner)
         with pytest.raises(TypeError, match="move the function to a module"):
@@ -10352,7 +10352,7 @@ class TestRun:
                 time.sleep(0.02)
                 asked = time.monotonic()
                 rig.enqueue(note.task())
-                eventually(lambda: len(began) == number)
+                eventually(lambda: len(began) == number)  # noqa: B023
                 assert began[-1] - asked < 1.0
 
     def test_it_can_run_again(self, rig: Rig) -> None:
@@ -10768,7 +10768,7 @@ class TestHeartbeat:
         @rig.tasks.register(max_attempts=1)
         async def block() -> str:
             runs.append(current_task().attempt)
-            time.sleep(3)
+            time.sleep(3)  # noqa: ASYNC251 (that is the point)
             return "done"
 
         [task_id] = rig.enqueue(block.task())
@@ -10780,7 +10780,7 @@ class TestHeartbeat:
     def test_it_runs_in_a_thread_of_its_own(self, other: Rig) -> None:
         @other.tasks.register
         async def block() -> None:
-            time.sleep(0.4)
+            time.sleep(0.4)  # noqa: ASYNC251 (that is the point)
 
         other.enqueue(block.task())
         other.run(lease=0.3, name="w")
@@ -11164,9 +11164,9 @@ class TestTimeout:
 
         @other.tasks.register(timeout=0.05, max_attempts=1)
         async def block() -> None:
-            time.sleep(1.0)
+            time.sleep(1.0)  # noqa: ASYNC251 (that is the point)
             extended.append(other.queue.count("extend"))
-            time.sleep(0.5)
+            time.sleep(0.5)  # noqa: ASYNC251 (that is the point)
             extended.append(other.queue.count("extend"))
 
         @other.tasks.register
