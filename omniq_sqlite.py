@@ -158,7 +158,9 @@ __all__ = [
     "StorageClosedError",
     "Task",
     "TaskEvent",
+    "TaskFunction",
     "TaskNotFoundError",
+    "TaskOptions",
     "TaskQueue",
     "TaskRegistry",
     "TaskResult",
@@ -2290,6 +2292,7 @@ _CHECKPOINT_COMMITS = 256  # own commits between two guarded checkpoints
 _CHECKPOINT_BYTES = 4 * 2**20  # growth of the WAL that brings one forward
 _WAL_KEPT_BYTES = 16 * 2**20  # size to which a WAL that was reset is cut
 _INTERRUPT_INTERVAL = 0.02  # seconds between two looks for a recorded SIGINT
+_IDENTITY_POLLS = 16  # polls between two looks whether the file was replaced
 
 _NETWORK_FILESYSTEMS = frozenset(
     "9p acfs afp afpfs afs beegfs ceph cifs coda davfs fuse.ceph fuse.cephfs"
@@ -2498,9 +2501,12 @@ class _Pool:
         database, ident = self.database, threading.get_ident()
         try:
             with database.gate:
-                while len(self.used) >= self.size or database.must_rest(ident):
+                while len(self.used) >= self.size or (
+                    database.resting and not database.is_inside(ident)
+                ):
                     database.gate.wait()
-                database.check_usable()
+                if database.ended:
+                    database.check_open()
                 self.used[ident] = self.idle.pop() if self.idle else None
             connection = self.used[ident]
             if connection is None:
@@ -2559,6 +2565,7 @@ class _Bell:
         self.waiters: set[_Waiter] = set()
         self.generation = 0
         self.version: tuple[sqlite3.Connection | None, int] = (None, 0)
+        self.polls = 0
         self.polled = False  # whether somebody polls
 
     def register(self, waiter: _Waiter, seen: int) -> bool:
@@ -2620,6 +2627,8 @@ class _Bell:
         # as a change: what was committed just before must not be missed.
         with self.pool as connection:
             [(number,)] = connection.execute("PRAGMA data_version").fetchall()
+        self.polls += 1
+        if self.polls % _IDENTITY_POLLS == 0:
             self.database.check_identity()
         before, self.version = self.version, (connection, number)
         return before != self.version
@@ -3191,9 +3200,9 @@ class _Database:
 
     # -- Rest, fork and close --
 
-    def must_rest(self, ident: int) -> bool:
-        """Tell whether a thread has to wait for a fork before it uses a connection."""
-        return self.resting and not any(ident in pool.used for pool in self.pools)
+    def is_inside(self, ident: int) -> bool:
+        """Tell whether a thread uses a connection."""
+        return any(ident in pool.used for pool in self.pools)
 
     def rest(self) -> None:
         """Close all connections, with the gate held, once none is in use.
@@ -7196,6 +7205,7 @@ class TaskFunction(Generic[P, T]):
         Task(name, **options)  # refuses a wrong option here and now
 
     def __call__(self, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        """Call the function here and now."""
         return self.function(*args, **kwargs)
 
     def __repr__(self) -> str:
@@ -7595,8 +7605,6 @@ class _Heartbeat:
         """Begin what is due for one run; the database may take its time."""
         if run.outcome is not None:
             run.interrupt_at = run.give_up_at = math.inf
-        if run.abandoned or run.lost:
-            run.extend_at = math.inf
         if run.extend_at <= now:
             run.extend_at = math.inf
             self._begin(self._extend(run))
@@ -8865,10 +8873,12 @@ def _program() -> str:
 def _components(path: str, *wanted: str) -> frozenset[str]:
     """Return which tables of ours a file has; creates and changes nothing.
 
-    A file with none of those that are wanted is refused: opening it creates them.
+    What has none of those that are wanted is refused: opening it would create them.
     """
     if not os.path.exists(path):
-        raise _CommandError(f"there is no file {path!r}")
+        if wanted:
+            raise _CommandError(f"there is no file {path!r}")
+        return frozenset()
     database = _Database(_Options(_absolute(path)), ())
 
     def look() -> frozenset[str]:
@@ -8880,11 +8890,6 @@ def _components(path: str, *wanted: str) -> frozenset[str]:
     if wanted and found.isdisjoint(wanted):
         raise _CommandError(f"{path!r} has no OmniQ table of {' or '.join(wanted)}")
     return found
-
-
-def _logs_events(path: str) -> bool:
-    """Tell whether a command that changes tasks logs events: if the file has some."""
-    return os.path.exists(path) and "events" in _components(path)
 
 
 # -- demo --
@@ -8971,9 +8976,9 @@ class _Demo:
         self.results = cast(ResultStorage, backend.results)
         self.database = os.path.realpath(database)
         self.started_at = _now()
-        self.unread: list[OSError] = []  # folders
-        self.tasks: dict[str, str] = {}  # by path of a file: of its newest version
-        self.before: set[str] = set()  # tasks that an earlier run has done
+        self.unread: list[OSError] = []  # why folders could not be listed
+        self.tasks: dict[str, str] = {}  # id by path, of a file's newest version
+        self.before: set[str] = set()  # ids of tasks that an earlier run has done
 
     def run(self, folder: str, processes: int) -> None:
         """Fingerprint all files, then once more those that were replaced meanwhile."""
@@ -9032,18 +9037,11 @@ class _Demo:
         results = self.results.get_many(paths)
         done = {i for i, r in results.items() if r.status is ResultStatus.SUCCESS}
         self.before |= done
+        task = partial(Task, "fingerprint", max_attempts=5, retry_delay=0.2)
         tasks = {
-            task_id: Task(
-                "fingerprint",
-                (path,),
-                queue=_DEMO_QUEUE,
-                max_attempts=5,
-                retry_delay=0.2,
-                unique_key=task_id,
-                id=task_id,
-            )
-            for task_id, path in paths.items()
-            if task_id not in done
+            i: task((path,), queue=_DEMO_QUEUE, unique_key=i, id=i)
+            for i, path in paths.items()
+            if i not in done
         }
         while tasks:
             try:
@@ -9162,14 +9160,14 @@ def _print_next_commands(path: str) -> None:
     import shlex
 
     print(f"\ndatabase: {_printable(os.path.realpath(path))}\nlook into it:")
-    for command in (
-        "stats FILE",
-        "list FILE --status failed",
-        "show FILE TASK_ID",
-        "events FILE --follow",
-    ):
-        line = command.replace("FILE", shlex.quote(path))
-        print(_printable(f"  {_program()} {line}"))
+    file = shlex.quote(path)
+    commands = (
+        f"stats {file}",
+        f"list {file} --status failed",
+        f"events {file} --follow",
+    )
+    for command in (*commands, f"show {file} TASK_ID"):
+        print(_printable(f"  {_program()} {command}"))
 
 
 def _run_demo(options: argparse.Namespace) -> int:
@@ -9219,15 +9217,13 @@ def _import_registry(name: str) -> Any:
 def _module_of(registry: object, name: str) -> Any:
     """Return the copy of this module that made `registry`.
 
-    `python -m omniq_sqlite` is a module of its own beside the `omniq_sqlite` that
-    the application imports, and the application may have a copy of another name.
-    `current_task`, `Retry` and their like work in the copy that they come from.
+    `-m omniq_sqlite` runs beside the `omniq_sqlite` that the application imports, or
+    its copy under another name; `current_task` and `Retry` work in their own copy.
     """
     for base in type(registry).__mro__:
         if base.__name__ == "TaskRegistry":
             return sys.modules[base.__module__]
-    kind = type(registry).__name__
-    raise _CommandError(f"{name!r} is of type {kind}, not a TaskRegistry")
+    raise _CommandError(f"{name!r} is no TaskRegistry: {_show(registry)}")
 
 
 @contextlib.contextmanager
@@ -9255,7 +9251,7 @@ def _run_worker(options: argparse.Namespace) -> int:
     terms = _given(options, "concurrency", "lease", "grace", "name")
     if options.queues:
         terms["queues"] = options.queues.split(",")
-    events = _logs_events(options.file)
+    events = "events" in _components(options.file)
     with log(), module.SQLiteBackend(options.file, events=events) as backend:
         worker = module.Worker(backend, registry, lifespan=log, **terms)
         limits = _given(options, "max_tasks", "processes")
@@ -9279,7 +9275,8 @@ def _run_enqueue(options: argparse.Namespace) -> int:
     names = ["kwargs", "queue", "priority", "max_attempts", "retry_delay"]
     terms = _given(options, *names, "timeout", "unique_key")
     task = Task(options.func, tuple(map(_parse_value, options.args)), **terms)
-    with SQLiteBackend(options.file, events=_logs_events(options.file)) as backend:
+    events = "events" in _components(options.file)
+    with SQLiteBackend(options.file, events=events) as backend:
         task_id = backend.enqueue(task, delay=options.delay)
     print(_printable(task_id))
     if task_id != task.id:
@@ -9303,14 +9300,12 @@ def _run_stats(options: argparse.Namespace) -> int:
         for worker in workers:
             _print_json({"kind": "worker", **_as_json(worker)})
         return 0
-    if queues:
-        headers = ["queue", *TaskStatus, "paused", "oldest"]
-        _print_table(headers, list(map(_row_of_queue, queues)))
+    headers = ["queue", *TaskStatus, "paused", "oldest"]
+    _print_table(headers, list(map(_row_of_queue, queues)))
     if queues and workers:
         print()
-    if workers:
-        headers = ["worker", "host", "pid", "queues", "running", "seen"]
-        _print_table(headers, list(map(_row_of_worker, workers)))
+    headers = ["worker", "host", "pid", "queues", "running", "seen"]
+    _print_table(headers, list(map(_row_of_worker, workers)))
     return 0
 
 
@@ -9564,21 +9559,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a name may not fit its encoding
             stream.reconfigure(errors="backslashreplace")
-    status = 0
     try:
         status = _run_command(argv)
         print(end="", flush=True)
     except BrokenPipeError:  # whoever reads it has seen enough: `| head`
         _discard_output()
+        return 0
     except KeyboardInterrupt:
-        status = 130
+        return 130
     except Exception as error:  # noqa: BLE001 -- never a traceback
         text = str(error)
         if not isinstance(error, (OmniQError, OSError, ValueError)):
             text = f"{type(error).__name__}: {text}"
         _discard_output()
         _note(f"{_program()}: {text}")
-        status = 2
+        return 2
     return status
 
 
