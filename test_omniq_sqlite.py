@@ -6964,7 +6964,7 @@ class TestWaking:
 
     @staticmethod
     def judge_cost(sleep: Callable[[float], None]) -> None:
-        """On a busy machine a bare loop of sleeps costs more as well: eight of those."""
+        """On a busy machine a bare loop of sleeps costs more, too: eight of those."""
         used = 0.0
         for _ in range(6):
             began = time.process_time()
