@@ -49,6 +49,7 @@ import contextlib
 import contextvars
 import copy
 import functools
+import gc
 import importlib
 import inspect
 import io
@@ -2625,8 +2626,13 @@ class _Bell:
     def _version_moved(self) -> bool:
         # The first look at a connection has nothing to compare with, so it counts
         # as a change: what was committed just before must not be missed.
-        with self.pool as connection:
-            [(number,)] = connection.execute("PRAGMA data_version").fetchall()
+        with self.database.gate_lock:  # no fork and no close comes in between
+            connection = self.pool.idle[0] if self.pool.idle else None
+            if connection is not None:
+                [(number,)] = connection.execute("PRAGMA data_version").fetchall()
+        if connection is None:
+            with self.pool:  # opens it
+                return True
         self.polls += 1
         if self.polls % _IDENTITY_POLLS == 0:
             self.database.check_identity()
@@ -2678,7 +2684,8 @@ class _Database:
     def reset(self) -> None:
         """Begin with new locks and nothing under way: at first, and in a child."""
         self.generation += 1
-        self.gate = threading.Condition(threading.RLock())
+        self.gate_lock = threading.RLock()
+        self.gate = threading.Condition(self.gate_lock)
         self.resting = False
         self.queue_lock = threading.Lock()
         self.pending: collections.deque[_Request[Any]] = collections.deque()
@@ -3037,6 +3044,7 @@ class _Database:
         if not flush and wanted in ("FULL", "EXTRA"):
             wanted = "NORMAL"
         try:
+            self._roll_back(connection)  # a second exception may hit a clean-up
             if self.synchronous != (connection, wanted):
                 connection.execute(_SYNCHRONOUS[wanted])
                 self.synchronous = (connection, wanted)
@@ -5201,31 +5209,42 @@ def _stats_from_rows(counts: Sequence[Row], paused: set[str]) -> list[QueueStats
 def _foreign_cursor(
     connection: sqlite3.Connection, database: _Database
 ) -> sqlite3.Cursor:
-    """Return a cursor on the caller's connection, which must be to our file.
-
-    Its rows are plain tuples whatever the connection's row factory is, and
-    neither factory is touched. The connection may be of a subclass.
-    """
+    """Return a cursor on the caller's connection, which must be to our file."""
     if not isinstance(connection, sqlite3.Connection):
         raise TypeError(
             "connection must be a sqlite3.Connection, not " + type(connection).__name__
         )
     try:
-        cursor = sqlite3.Connection.cursor(connection)
-        cursor.row_factory = None
-        rows = cursor.execute("PRAGMA database_list").fetchall()
+        cursor = _plain_cursor(connection)
+        file = _main_file(cursor)
     except sqlite3.ProgrammingError as error:  # closed, or of another thread
         raise ValueError(f"connection cannot be used here: {error}") from error
-    file = next((row[2] for row in rows if _text(row[1]) == "main"), "")
-    same = False
-    if file and not database.memory:
-        with contextlib.suppress(OSError):
-            same = os.path.samefile(os.fsdecode(file), database.path)
-    if not same:
-        raise ValueError(
-            f"connection must be open on {database.path!r}, not on {_text(file)!r}"
-        )
+    if database.memory or not _is_same_file(file, database.path):
+        raise ValueError(f"connection must be open on {database.path!r}, not {file!r}")
     return cursor
+
+
+def _plain_cursor(connection: sqlite3.Connection) -> sqlite3.Cursor:
+    """Return a cursor whose rows are tuples, whatever the connection's factory is.
+
+    Neither factory is touched. The connection may be of a subclass.
+    """
+    cursor = sqlite3.Connection.cursor(connection)
+    cursor.row_factory = None
+    return cursor
+
+
+def _main_file(cursor: sqlite3.Cursor) -> str:
+    """Return the file that a connection is open on; "" for one in memory."""
+    rows = cursor.execute("PRAGMA database_list").fetchall()
+    return next((os.fsdecode(row[2]) for row in rows if _text(row[1]) == "main"), "")
+
+
+def _is_same_file(file: str, path: str) -> bool:
+    try:
+        return file != "" and os.path.samefile(file, path)
+    except OSError:
+        return False
 
 
 def _begin_foreign(connection: sqlite3.Connection, cursor: sqlite3.Cursor) -> bool:
@@ -6725,12 +6744,18 @@ class AsyncSQLiteBackend(_AsyncStorage):
     async def check(self) -> list[Finding]:
         """Look for what is wrong with the files and the queue; empty if nothing is.
 
-        Integrity, schema, size of the WAL, overdue leases, workers that are gone,
-        and whether the library needs the guard for checkpoints.
+        Integrity, schema, size of the WAL, overdue leases, workers that are gone, and
+        other connections of this process that checkpoint outside the guard, where
+        the library has the WAL-reset bug (those of other processes cannot be seen).
         """
         findings: list[Finding] = []
         for gateway in self._gateways():
             findings += await gateway.read(partial(_check_file, gateway.database))
+            # In the calling thread, which its own connections answer to.
+            if (count := _count_unguarded(gateway.database.path)) > 0:
+                text = f"{count} connections of this process checkpoint outside the"
+                text += " guard; execute PRAGMA wal_autocheckpoint=0 on each of them"
+                findings.append(Finding("checkpoints", "warning", text))
         if isinstance(self._queue, AsyncSQLiteQueue):
             now = self._queue._clock()
             rows = await self._queue._rows(SELECT_OVERDUE, {"before": now})
@@ -6817,6 +6842,25 @@ def _check_file(database: _Database, connection: sqlite3.Connection) -> list[Fin
             text = f"the WAL has {size // 2**20} MiB; a long reader may hold it"
             findings.append(Finding("wal", "warning", text))
     return findings
+
+
+def _count_unguarded(path: str) -> int:
+    """Count the application's own connections to a file that checkpoint by themselves.
+
+    They are found as objects of this process. One that belongs to another thread
+    alone, or is closed, refuses to answer and is not counted.
+    """
+    if path == ":memory:" or not _has_wal_reset_bug(sqlite3.sqlite_version_info):
+        return 0
+    ours = {id(c) for database in list(_databases) for c in database.connections}
+    count = 0
+    for found in gc.get_objects():
+        if issubclass(type(found), sqlite3.Connection) and id(found) not in ours:
+            with contextlib.suppress(sqlite3.Error):
+                cursor = _plain_cursor(found)
+                [(pages,)] = cursor.execute("PRAGMA wal_autocheckpoint").fetchall()
+                count += pages > 0 and _is_same_file(_main_file(cursor), path)
+    return count
 
 
 def _missing_objects(
