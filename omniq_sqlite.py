@@ -3587,8 +3587,9 @@ class _DirectGateway:
     def _serve_until_done(self, request: _Request[Any], event: threading.Event) -> None:
         """Wait for the leader, or lead: commit groups until ours is among them.
 
-        Leadership is passed on in every case, also when an exception is thrown
-        into this thread; the second `finally` covers one that hits the first.
+        Leadership is passed on also when an exception is raised in here; the second
+        `finally` covers one that hits the first. Exceptions of other threads must
+        not be thrown in here all the same: see `_operating`.
         """
         database = self.database
         generation = database.generation

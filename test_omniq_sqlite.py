@@ -8201,59 +8201,6 @@ class TestInterrupts:
             path,
         )
 
-    def test_an_exception_thrown_into_a_thread_stops_no_other(self, path: str) -> None:
-        """As a task's timeout does; leadership and locks are passed on."""
-        run_program(
-            """
-            import ctypes, warnings
-            # One that arrives between the making of a coroutine and its start.
-            warnings.filterwarnings("ignore", "coroutine .* was never awaited")
-            throw = ctypes.pythonapi.PyThreadState_SetAsyncExc
-            class Thrown(BaseException):
-                pass
-            queue = SQLiteQueue(path, synchronous="OFF")
-            queue.enqueue(Task("f"))
-            stop, counts, errors = threading.Event(), [0] * 4, []
-            thrown, caught = [0] * 4, [0] * 4
-            def hammer(number):
-                while not stop.is_set():
-                    try:
-                        while not stop.is_set():
-                            queue.enqueue(Task("f"))
-                            counts[number] += 1
-                    except Thrown:
-                        caught[number] += 1
-                    except BaseException as error:
-                        errors.append(error)
-                        raise
-            threads = [threading.Thread(target=hammer, args=(n,), daemon=True)
-                       for n in range(4)]
-            for thread in threads:
-                thread.start()
-            random.seed(2)
-            limit = time.monotonic() + 2.5
-            while time.monotonic() < limit:
-                time.sleep(random.uniform(0.0, 0.004))
-                number = random.randrange(4)
-                if caught[number] == thrown[number]:  # one at a time
-                    thrown[number] += 1
-                    ident = ctypes.c_ulong(threads[number].ident)
-                    throw(ident, ctypes.py_object(Thrown))
-            for _ in range(2):
-                before = list(counts)
-                time.sleep(1.0)
-                after = list(counts)
-            assert all(a > b for a, b in zip(after, before)), (before, after)
-            stop.set()
-            for thread in threads:
-                thread.join(10)
-                assert not thread.is_alive()
-            assert errors == [], errors
-            assert sum(caught) > 10, caught
-            """,
-            path,
-        )
-
 
 def given_back(path: str) -> bool:
     """Tell whether the only task was claimed once and is pending again."""
