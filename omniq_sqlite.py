@@ -2626,13 +2626,8 @@ class _Bell:
     def _version_moved(self) -> bool:
         # The first look at a connection has nothing to compare with, so it counts
         # as a change: what was committed just before must not be missed.
-        with self.database.gate_lock:  # no fork and no close comes in between
-            connection = self.pool.idle[0] if self.pool.idle else None
-            if connection is not None:
-                [(number,)] = connection.execute("PRAGMA data_version").fetchall()
-        if connection is None:
-            with self.pool:  # opens it
-                return True
+        with self.pool as connection:
+            [(number,)] = connection.execute("PRAGMA data_version").fetchall()
         self.polls += 1
         if self.polls % _IDENTITY_POLLS == 0:
             self.database.check_identity()
@@ -2684,8 +2679,7 @@ class _Database:
     def reset(self) -> None:
         """Begin with new locks and nothing under way: at first, and in a child."""
         self.generation += 1
-        self.gate_lock = threading.RLock()
-        self.gate = threading.Condition(self.gate_lock)
+        self.gate = threading.Condition(threading.RLock())
         self.resting = False
         self.queue_lock = threading.Lock()
         self.pending: collections.deque[_Request[Any]] = collections.deque()
