@@ -1905,6 +1905,29 @@ WHERE event_id IN (
 RETURNING event_id
 """
 
+# -- Command line and report --
+
+SELECT_MATCHING = """
+-- list, cancel, retry, purge: tasks by id or filter; age counts from the end
+SELECT seq, id, status, queue, func
+FROM main.omniq_task
+WHERE seq > :after
+    AND (:ids IS NULL OR id IN (SELECT value FROM json_each(:ids)))
+    AND (:queue IS NULL OR queue = :queue)
+    AND (:func IS NULL OR func = :func)
+    AND status IN (SELECT value FROM json_each(:statuses))
+    AND (:before IS NULL OR coalesce(finished_at, created_at) <= :before)
+    AND (:since IS NULL OR coalesce(finished_at, created_at) >= :since)
+ORDER BY seq
+LIMIT :limit OFFSET :offset
+"""
+
+DELETE_TASK = """
+-- purge: delete one task
+DELETE FROM main.omniq_task WHERE id = :id
+RETURNING id
+"""
+
 
 # =============================================================================
 # Serialization and time
@@ -8931,6 +8954,23 @@ def _components(path: str, *wanted: str) -> frozenset[str]:
     return found
 
 
+def _open(options: argparse.Namespace, *wanted: str) -> SQLiteBackend:
+    """Open a file of ours with what it has; it gets no table that it has not."""
+    found = _components(options.file, *wanted)
+    # A file of results alone gets no queue: an empty one elsewhere stands in.
+    queue = True if "queue" in found else SQLiteQueue(":memory:")
+    return SQLiteBackend(
+        options.file, queue=queue, results="results" in found, events="events" in found
+    )
+
+
+def _rows(
+    backend: SQLiteBackend, statement: str, terms: Mapping[str, Any]
+) -> list[Row]:
+    """Return what a statement of ours finds in the file of the queue."""
+    return backend._run(backend.queue._async._rows, statement, terms)
+
+
 # -- demo --
 #
 # The id of a file's task follows from its path and version, and is its key, too.
@@ -9360,17 +9400,16 @@ def _row_of_worker(w: WorkerInfo) -> list[object]:
 
 
 def _run_list(options: argparse.Namespace) -> int:
-    """List tasks in the order in which they were enqueued."""
-    _components(options.file, "queue")
-    with SQLiteQueue(options.file) as queue:
-        tasks = queue.list_tasks(
-            queue=options.queue,
-            status=options.status,
-            func=options.func,
-            limit=options.limit + 1,
-            offset=options.offset,
-        )
-    shown = tasks[: options.limit]
+    """List tasks in the order in which they were enqueued.
+
+    The age of a task that has ended counts from its end.
+    """
+    chosen = _filters(options, TaskStatus)
+    chosen |= {"limit": options.limit + 1, "offset": options.offset}
+    with _open(options, "queue") as backend:
+        rows = _rows(backend, SELECT_MATCHING, chosen)
+        tasks = [backend.queue.get_task(row[1]) for row in rows[: options.limit]]
+    shown = [task for task in tasks if task is not None]
     if not shown:
         return _nothing_found("such tasks", options)
     if options.json:
@@ -9379,31 +9418,33 @@ def _run_list(options: argparse.Namespace) -> int:
     else:
         headers = ["id", "status", "queue", "try", "age", "call", "error"]
         _print_table(headers, list(map(_row_of_task, shown)))
-    if len(tasks) > len(shown):
-        _note(f"there are more than {len(shown):,}: see --limit and --offset")
+    if len(rows) > options.limit:
+        _note(f"there are more than {options.limit:,}: see --limit and --offset")
     return 0
 
 
 def _row_of_task(task: Task) -> list[object]:
     values = [*map(repr, task.args), *(f"{k}={v!r}" for k, v in task.kwargs.items())]
     call = _shorten(f"{task.func}({', '.join(values)})", 200)
-    age, error = _age_of(task.created_at), _shorten(task.error or "", 200)
-    return [task.id, task.status, task.queue, task.attempt, age, call, error]
+    age, error = _age_of(task.finished_at or task.created_at), task.error or ""
+    return [
+        task.id,
+        task.status,
+        task.queue,
+        task.attempt,
+        age,
+        call,
+        _shorten(error, 200),
+    ]
 
 
 def _run_show(options: argparse.Namespace) -> int:
     """Show the whole life of a task: payload, attempts, events, result, traceback."""
-    found = _components(options.file, "queue", "results", "events")
-    task, result, events = None, None, list[TaskEvent]()
-    if "queue" in found:
-        with SQLiteQueue(options.file) as queue:
-            task = queue.get_task(options.id)
-    if "results" in found:
-        with SQLiteResultStorage(options.file) as results:
-            result = results.get(options.id)
-    if "events" in found:
-        with SQLiteEventStorage(options.file) as log:
-            events = log.query(task_id=options.id, limit=1_000)
+    with _open(options, *COMPONENT_TABLE) as backend:
+        task = backend.queue.get_task(options.id)
+        result = backend.results.get(options.id) if backend.results else None
+        log = backend.events
+        events = log.query(task_id=options.id, limit=1_000) if log else []
     if not task and not result and not events:
         return _nothing_found(f"task {options.id!r}", options)
     if options.json:
@@ -9422,6 +9463,42 @@ def _run_show(options: argparse.Namespace) -> int:
         for line in (result.traceback or "").splitlines():
             print(_printable(line))
     return 0
+
+
+def _run_check(options: argparse.Namespace) -> int:
+    """Look for what is wrong with a file; status 1 if something is.
+
+    Integrity, schema, size of the WAL, leases that are over, workers that are
+    gone. With --worker only whether this one lives and was seen within a minute:
+    a health probe, which costs nothing.
+    """
+    with _open(options, *COMPONENT_TABLE) as backend:
+        if options.worker is not None:
+            return _check_worker(backend.queue.list_workers(), options)
+        findings = backend.check()
+    for finding in findings if options.json else ():
+        _print_json(finding)
+    if not options.json:
+        rows = [(f.check, f.severity, f.message) for f in findings]
+        _print_table(["check", "severity", "message"], rows)
+        if not findings:
+            print("nothing is wrong")
+    return 1 if findings else 0
+
+
+def _check_worker(workers: Sequence[WorkerInfo], options: argparse.Namespace) -> int:
+    """Tell whether a worker lives; the children of `--processes` are one worker."""
+    children = re.compile(re.escape(options.worker) + r"(-\d+(\.\d+)?)?")
+    ours = [worker for worker in workers if children.fullmatch(worker.name)]
+    gone = {worker.name: _why_gone(worker, _now()) for worker in ours}
+    for worker in ours if options.json else ():
+        _print_json(_as_json(worker) | {"gone": gone[worker.name]})
+    if not options.json:
+        for name, reason in gone.items():
+            print(_printable(f"worker {name!r} {reason or 'lives'}"))
+    if not ours:
+        return _nothing_found(f"worker {options.worker!r}", options)
+    return 0 if None in gone.values() else 1
 
 
 def _run_events(options: argparse.Namespace) -> int:
@@ -9464,6 +9541,178 @@ def _print_event(event: TaskEvent, options: argparse.Namespace) -> None:
         sys.stdout.flush()
 
 
+# -- retry, cancel, purge, pause, resume, backup --
+
+_CHANGED_AT_ONCE = 1_000  # tasks in one transaction, so that others get their turn
+_Change = Callable[[sqlite3.Connection, str, list[_Note], float], bool]
+
+
+def _run_retry(options: argparse.Namespace) -> int:
+    """Let failed, cancelled or expired tasks run again, with fresh attempts.
+
+    Name them by id, by filters that all hold, or say --all.
+    """
+    statuses = (TaskStatus.FAILED, TaskStatus.CANCELLED, TaskStatus.EXPIRED)
+    return _change_tasks(options, _retry, "queued again", statuses)
+
+
+def _run_cancel(options: argparse.Namespace) -> int:
+    """Cancel tasks that are scheduled, pending or running.
+
+    A running one learns of it at its next heartbeat. Name them by id, by filters
+    that all hold, or say --all.
+    """
+    return _change_tasks(options, _cancel, "cancelled", LIVE_STATUSES)
+
+
+def _run_purge(options: argparse.Namespace) -> int:
+    """Delete tasks that have ended; live ones only if --status names theirs.
+
+    Their results and events stay for as long as those are kept. Name them by id, by
+    filters that all hold, or say --all.
+    """
+    statuses = FINAL_STATUSES if options.status is None else tuple(TaskStatus)
+    return _change_tasks(options, _delete, "deleted", statuses)
+
+
+def _cancel(
+    connection: sqlite3.Connection, task_id: str, notes: list[_Note], now: float
+) -> bool:
+    parameters = {"id": task_id, "now": now}
+    return _note_rows(connection, CANCEL, parameters, "cancelled", notes) > 0
+
+
+def _delete(
+    connection: sqlite3.Connection, task_id: str, _notes: list[_Note], _now: float
+) -> bool:
+    return bool(connection.execute(DELETE_TASK, {"id": task_id}).fetchall())
+
+
+def _filters(
+    options: argparse.Namespace, statuses: Iterable[TaskStatus], ids: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Return the parameters of `SELECT_MATCHING` that options stand for."""
+    if options.status is not None:
+        statuses = {options.status}.intersection(statuses)
+    return {
+        "ids": _to_json(list(map(_clean_text, ids))) if ids else None,
+        "queue": options.queue,
+        "func": options.func,
+        "statuses": _to_json(list(statuses)),
+        "before": _to_unix(options.older_than),
+        "since": _to_unix(options.newer_than),
+        "after": 0,
+        "offset": 0,
+    }
+
+
+def _change_tasks(
+    options: argparse.Namespace,
+    change: _Change,
+    done: str,
+    statuses: tuple[TaskStatus, ...],
+) -> int:
+    """Change the tasks that are meant, and say what was done with how many."""
+    if options.status not in (None, *statuses):
+        raise _CommandError(f"a task that is {options.status} cannot be {done}")
+    chosen = _filters(options, statuses, options.ids)
+    named = ("ids", "queue", "func", "before", "since")
+    if not options.all and options.status is None and not any(map(chosen.get, named)):
+        raise _CommandError("name tasks by id or by a filter, or say --all")
+    with _open(options, "queue") as backend:
+        if options.dry_run:
+            change, done = _keep, f"would be {done}"
+        changed = list(_change_matching(backend, chosen, change))
+        refused = set(options.ids).difference(row[1] for row in changed)
+        for task_id in sorted(refused):
+            why = _why_refused(backend.queue.get_task(task_id), statuses)
+            _note(f"not {done}: {task_id!r}: {why}")
+    if options.dry_run:
+        _print_table(["id", "status", "queue", "func"], [r[1:] for r in changed[:100]])
+    if not changed:
+        return 1 if refused else _nothing_found("such tasks", options)
+    counts = collections.Counter(row[2] for row in changed)
+    kinds = ", ".join(f"{counts[s]:,} {s}" for s in TaskStatus if counts[s])
+    print(f"{done}: {len(changed):,} task{'s' * (len(changed) > 1)} ({kinds} before)")
+    return 1 if refused else 0
+
+
+def _keep(*_: object) -> bool:
+    """Change nothing, for --dry-run."""
+    return True
+
+
+def _change_matching(
+    backend: SQLiteBackend, chosen: dict[str, Any], change: _Change
+) -> Iterator[Row]:
+    """Change the tasks that match, some in each commit; yield what they were."""
+
+    def run(
+        connection: sqlite3.Connection, notes: list[_Note], now: float
+    ) -> tuple[list[Row], list[Row]]:
+        rows = connection.execute(SELECT_MATCHING, chosen).fetchall()
+        return rows, [row for row in rows if apply(connection, row[1], notes, now)]
+
+    def apply(
+        connection: sqlite3.Connection, task_id: str, notes: list[_Note], now: float
+    ) -> bool:
+        try:
+            return change(connection, task_id, notes, now)
+        except DuplicateTaskError:  # another live task holds its key
+            return False
+
+    chosen["limit"] = _CHANGED_AT_ONCE
+    while True:
+        rows, changed = backend._run(backend.queue._async._write, run)
+        yield from changed
+        if len(rows) < _CHANGED_AT_ONCE:
+            return
+        chosen["after"] = rows[-1][0]
+
+
+def _why_refused(task: Task | None, statuses: Sequence[TaskStatus]) -> str:
+    """Return why a task that was named was not changed."""
+    if task is None:
+        return "there is no such task"
+    if task.status not in statuses:
+        return f"it is {task.status}"
+    if task.unique_key is None:
+        return "the filters leave it out"
+    return (
+        f"another task holds its key {task.unique_key!r}, or the filters leave it out"
+    )
+
+
+def _run_pause(options: argparse.Namespace) -> int:
+    """Let queues hand out nothing, in every process, until they are resumed."""
+    return _switch_queues(options, SQLiteQueue.pause, "is paused")
+
+
+def _run_resume(options: argparse.Namespace) -> int:
+    """Let paused queues hand out tasks again."""
+    return _switch_queues(options, SQLiteQueue.resume, "hands out tasks")
+
+
+def _switch_queues(
+    options: argparse.Namespace, switch: Callable[[SQLiteQueue, str], None], now: str
+) -> int:
+    with _open(options, "queue") as backend:
+        for name in options.queues:
+            switch(backend.queue, name)
+            count = backend.queue.count_tasks(queue=name, status=TaskStatus.PENDING)
+            print(_printable(f"{name!r} {now}, {count:,} pending"))
+    return 0
+
+
+def _run_backup(options: argparse.Namespace) -> int:
+    """Copy a file to a new one while everybody goes on working with it."""
+    with _open(options, *COMPONENT_TABLE) as backend:
+        backend.backup(options.target)
+    size = os.stat(options.target).st_size
+    print(_printable(f"{options.target!r} has {size:,} bytes"))
+    return 0
+
+
 # -- options --
 
 
@@ -9496,12 +9745,17 @@ _OPTIONS: dict[str, _Terms] = {
     "file": {"metavar": "FILE", "help": "the database"},
     "folder": {"metavar": "FOLDER", "help": "where the files are"},
     "id": {"metavar": "ID", "help": "of the task"},
+    "ids": {"metavar": "ID", "nargs": "*", "help": "of tasks"},
+    "queues": {"metavar": "QUEUE", "nargs": "+", "help": "names"},
+    "target": {"metavar": "COPY", "help": "the path of a new file"},
     "func": {"metavar": "FUNC", "help": "a name that the worker knows"},
     "args": {"metavar": "ARG", "nargs": "*", "help": "JSON, or else a plain string"},
+    "--all": {**_FLAG, "help": "without any filter"},
     "--app": {"metavar": "MODULE:REGISTRY", "required": True, "help": "the functions"},
     "--concurrency": {**_COUNT, "help": "tasks at once"},
     "--db": {"metavar": "FILE", "default": "omniq-demo.db", "help": "the database"},
     "--delay": {**_SECONDS, "default": 0.0, "help": "not before"},
+    "--dry-run": {**_FLAG, "help": "change nothing, show what would be"},
     "--follow": {**_FLAG, "help": "wait for more, until Ctrl-C"},
     "--func": {"help": "only this function"},
     "--grace": {**_SECONDS, "help": "for running tasks at the end"},
@@ -9513,22 +9767,32 @@ _OPTIONS: dict[str, _Terms] = {
     "--max-attempts": {**_COUNT, "help": "before it has failed"},
     "--max-tasks": {**_COUNT, "help": "stop after so many"},
     "--name": {"help": "of this worker, as others see it"},
+    "--newer-than": {**_WHEN, "help": "ended, or else enqueued, since then"},
     "--offset": {"metavar": "N", "type": int, "default": 0, "help": "skip the first"},
+    "--older-than": {**_WHEN, "help": "ended, or else enqueued, before then"},
     "--priority": {"metavar": "N", "type": int, "help": "higher first"},
     "--processes": {**_COUNT, "help": "child processes"},
     "--queue": {"help": "this queue"},
     "--queues": {"metavar": "A,B", "help": "in order of preference"},
     "--retry-delay": {**_SECONDS, "help": "before the first retry"},
     "--since": {**_WHEN, "help": "an instant, or an age such as 10m"},
-    "--status": {"choices": list(TaskStatus), "help": "only this status"},
+    "--status": {
+        "metavar": "STATUS",
+        "choices": list(TaskStatus),
+        "help": "only this status: " + ", ".join(TaskStatus),
+    },
     "--task": {"metavar": "ID", "help": "only this task"},
     "--timeout": {**_SECONDS, "help": "of one attempt"},
     "--type": {"help": "only this type, such as failed"},
     "--unique-key": {"metavar": "KEY", "help": "add nothing while a task holds it"},
     "--until": {**_WHEN, "help": "an instant, or an age such as 10m"},
     "--until-empty": {**_FLAG, "help": "stop when no task is left"},
+    "--worker": {"metavar": "NAME", "help": "only this worker"},
     "--workers": {**_COUNT, "default": os.cpu_count() or 1, "help": "processes"},
 }
+
+_FILTERS = "--queue --status --func --older-than --newer-than"
+_CHANGING = f"file ids {_FILTERS} --all --dry-run"
 
 # What runs it (its docstring is the help), its options, and an example.
 _COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], int], str, str]] = {
@@ -9548,8 +9812,8 @@ _COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], int], str, str]] = {
     "stats": (_run_stats, "file --json", "jobs.db"),
     "list": (
         _run_list,
-        "file --queue --status --func --limit --offset --json",
-        "jobs.db --status failed --func thumbnail",
+        f"file {_FILTERS} --limit --offset --json",
+        "jobs.db --status failed --func thumbnail --newer-than 2h",
     ),
     "show": (_run_show, "file id --json", "jobs.db 0197c0de5f2e7a10b1c2d3e4f5061728"),
     "events": (
@@ -9557,6 +9821,13 @@ _COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], int], str, str]] = {
         "file --task --queue --type --since --until --limit --follow --json",
         "jobs.db --type failed --since 2h --follow",
     ),
+    "retry": (_run_retry, _CHANGING, "jobs.db --func thumbnail --newer-than 2h"),
+    "cancel": (_run_cancel, _CHANGING, "jobs.db --queue mail --dry-run"),
+    "purge": (_run_purge, _CHANGING, "jobs.db --status failed --older-than 30d"),
+    "pause": (_run_pause, "file queues", "jobs.db mail"),
+    "resume": (_run_resume, "file queues", "jobs.db mail"),
+    "backup": (_run_backup, "file target", "jobs.db jobs-2026-01-31.db"),
+    "check": (_run_check, "file --worker --json", "jobs.db --worker mail-1"),
 }
 
 

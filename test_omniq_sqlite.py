@@ -11985,7 +11985,9 @@ class TestWorkerLogging:
 
 
 MODULE = Path(omniq_sqlite.__file__)
-READING = ["stats", "list", "show", "events"]
+READING = ["stats", "list", "show", "events", "check"]
+WRITING = ["demo", "worker", "enqueue", "retry", "cancel", "purge", "pause", "resume"]
+WRITING += ["backup"]
 
 
 # =============================================================================
@@ -12720,6 +12722,8 @@ class TestList:
             (["--queue", "default"], ["waiting", "late"]),
             (["--status", "failed"], ["failed"]),
             (["--func", "add"], ["waiting", "late"]),
+            (["--newer-than", "1h"], ["failed", "waiting", "late"]),
+            (["--older-than", "1h"], []),
             (["--limit", "1", "--offset", "1"], ["waiting"]),
         ],
     )
@@ -12727,9 +12731,10 @@ class TestList:
         self, jobs: str, cli: Cli, filters: list[str], expected: list[str]
     ) -> None:
         status, output, _ = cli("list", jobs, "--json", *filters)
-        assert (status, [r["id"] for r in lines_of(output)]) == (0, expected)
+        assert [r["id"] for r in lines_of(output)] == expected
+        assert status == (0 if expected else 1)
         lines = cli("list", jobs, *filters)[1].splitlines()
-        assert [line.split()[0] for line in lines] == ["id", *expected]
+        assert [line.split()[0] for line in lines[1:]] == expected
 
     def test_nothing_found_is_status_1(self, jobs: str, cli: Cli) -> None:
         assert cli("list", jobs, "--queue", "none")[:2] == (1, "")
@@ -12806,6 +12811,15 @@ class TestShow:
         assert status == 1
         assert "no task 'unknown'" in errors
 
+    def test_the_age_of_a_task_counts_from_its_end(self, db: Path, cli: Cli) -> None:
+        with SQLiteBackend(db, clock=lambda: time.time() - 7_200) as early:
+            early.enqueue_many([Task("f", id="old"), Task("f", id="ended")])
+        with SQLiteBackend(db) as backend:
+            backend.queue.cancel("ended")
+        old = lines_of(cli("list", db, "--older-than", "1h", "--json")[1])
+        new = lines_of(cli("list", db, "--newer-than", "1h", "--json")[1])
+        assert ([t["id"] for t in old], [t["id"] for t in new]) == (["old"], ["ended"])
+
 
 class TestEvents:
     def test_it_shows_the_last_ones_in_order(self, jobs: str, cli: Cli) -> None:
@@ -12873,6 +12887,219 @@ class TestEvents:
         assert abs(age - timedelta(hours=1.5)) < timedelta(seconds=60)
 
 
+# -- retry, cancel, purge, pause, resume, backup, check --
+
+
+def status_by_id(path: str | Path) -> dict[str, str]:
+    with SQLiteQueue(path) as queue:
+        return {task.id: str(task.status) for task in queue.list_tasks()}
+
+
+class TestChanging:
+    def test_cancel_takes_ids(self, jobs: str, cli: Cli) -> None:
+        outcome = cli("cancel", jobs, "waiting", "late")
+        text = "cancelled: 2 tasks (1 scheduled, 1 pending before)\n"
+        assert outcome == (0, text, "")
+        after = {"failed": "failed", "waiting": "cancelled", "late": "cancelled"}
+        assert status_by_id(jobs) == after
+
+    def test_a_running_task_can_be_cancelled(self, jobs: str, cli: Cli) -> None:
+        with SQLiteQueue(jobs) as queue:
+            task = queue.dequeue()
+            assert task is not None
+            assert cli("cancel", jobs, task.id)[0] == 0
+            with pytest.raises(LeaseLostError):
+                queue.complete(task)
+
+    def test_retry_gives_fresh_attempts(self, jobs: str, cli: Cli) -> None:
+        outcome = cli("retry", jobs, "--func", "fail")
+        assert outcome == (0, "queued again: 1 task (1 failed before)\n", "")
+        with SQLiteQueue(jobs) as queue:
+            task = queue.dequeue("bad")
+        assert task is not None
+        assert (task.id, task.attempt) == ("failed", 1)
+
+    def test_purge_deletes_what_ended_and_the_rest_only_by_its_status(
+        self, jobs: str, cli: Cli
+    ) -> None:
+        assert cli("purge", jobs, "--all")[1] == "deleted: 1 task (1 failed before)\n"
+        assert set(status_by_id(jobs)) == {"waiting", "late"}
+        assert cli("purge", jobs, "--all")[:2] == (1, "")
+        assert cli("purge", jobs, "--status", "scheduled")[0] == 0
+        assert set(status_by_id(jobs)) == {"waiting"}
+
+    @pytest.mark.parametrize("command", ["cancel", "retry", "purge"])
+    def test_filters_all_have_to_hold(self, jobs: str, cli: Cli, command: str) -> None:
+        before = status_by_id(jobs)
+        for filters in (
+            ["--queue", "bad", "--func", "add"],
+            ["--all", "--older-than", "1h"],
+            ["--newer-than", "0s"],
+            ["waiting", "failed", "--queue", "other"],
+        ):
+            assert cli(command, jobs, *filters)[:2] == (1, "")
+        assert status_by_id(jobs) == before
+
+    @pytest.mark.parametrize(
+        ("command", "expected"), [("cancel", 2), ("retry", 1), ("purge", 1)]
+    )
+    def test_a_dry_run_shows_the_tasks_and_changes_nothing(
+        self, jobs: str, cli: Cli, command: str, expected: int
+    ) -> None:
+        before = status_by_id(jobs)
+        status, output, _ = cli(command, jobs, "--all", "--dry-run")
+        header, *rows, total = output.splitlines()
+        assert (status, header.split()[0], len(rows)) == (0, "id", expected)
+        assert total.startswith("would be ")
+        assert status_by_id(jobs) == before
+
+    @pytest.mark.parametrize("command", ["cancel", "retry", "purge"])
+    def test_without_any_filter_all_must_be_said(
+        self, jobs: str, cli: Cli, command: str
+    ) -> None:
+        before = status_by_id(jobs)
+        status, output, errors = cli(command, jobs)
+        assert (status, output, is_one_line(errors)) == (2, "", True)
+        assert status_by_id(jobs) == before
+
+    @pytest.mark.parametrize(
+        ("arguments", "why"),
+        [
+            (["cancel", "failed"], "not cancelled: 'failed': it is failed"),
+            (["cancel", "none"], "not cancelled: 'none': there is no such task"),
+            (["retry", "waiting"], "not queued again: 'waiting': it is pending"),
+            (["purge", "late"], "not deleted: 'late': it is scheduled"),
+            (["retry", "failed", "--queue", "x"], "'failed': the filters leave it out"),
+        ],
+    )
+    def test_a_task_that_was_named_and_is_not_changed_says_why(
+        self, jobs: str, cli: Cli, arguments: list[str], why: str
+    ) -> None:
+        command, *rest = arguments
+        status, output, errors = cli(command, jobs, *rest)
+        assert (status, output, is_one_line(errors)) == (1, "", True)
+        assert why in errors
+
+    def test_a_status_that_cannot_be_changed_is_an_error(
+        self, jobs: str, cli: Cli
+    ) -> None:
+        for command, status in (("cancel", "failed"), ("retry", "completed")):
+            errors = cli(command, jobs, "--status", status)[2]
+            assert f"a task that is {status} cannot be" in errors
+
+    def test_a_task_whose_key_is_held_is_left_alone(self, db: Path, cli: Cli) -> None:
+        with SQLiteQueue(db) as queue:
+            queue.enqueue(Task("f", unique_key="k", id="first"))
+            queue.cancel("first")
+            queue.enqueue(Task("f", unique_key="k", id="second"))
+        assert "holds its key 'k'" in cli("retry", db, "first")[2]
+        assert cli("retry", db, "--all")[0] == 1
+        assert status_by_id(db) == {"first": "cancelled", "second": "pending"}
+
+    def test_thousands_are_changed_in_several_commits(self, db: Path, cli: Cli) -> None:
+        with SQLiteBackend(db, events=True) as backend:
+            backend.enqueue_many(Task("f") for _ in range(2_500))
+        text = "cancelled: 2,500 tasks (2,500 pending before)\n"
+        assert cli("cancel", db, "--all") == (0, text, "")
+        assert sum(count_events(db, "cancelled").values()) == 2_500
+        text = "queued again: 2,500 tasks (2,500 cancelled before)\n"
+        assert cli("retry", db, "--all") == (0, text, "")
+
+
+class TestPausing:
+    def test_a_paused_queue_hands_out_nothing_until_it_is_resumed(
+        self, jobs: str, cli: Cli
+    ) -> None:
+        assert cli("pause", jobs, "default", "x") == (
+            0,
+            "'default' is paused, 1 pending\n'x' is paused, 0 pending\n",
+            "",
+        )
+        with SQLiteQueue(jobs) as queue:
+            assert queue.dequeue() is None
+            text = "'default' hands out tasks, 1 pending\n"
+            assert cli("resume", jobs, "default") == (0, text, "")
+            assert queue.dequeue() is not None
+
+
+class TestCommandBackup:
+    def test_it_copies_the_file_and_replaces_none(
+        self, jobs: str, tmp_path: Path, cli: Cli
+    ) -> None:
+        copy_of = tmp_path / "copy.db"
+        status, output, _ = cli("backup", jobs, copy_of)
+        assert (status, "bytes" in output) == (0, True)
+        assert status_by_id(copy_of) == status_by_id(jobs)
+        status, output, errors = cli("backup", jobs, copy_of)
+        assert (status, output, is_one_line(errors)) == (2, "", True)
+        assert "exists already" in errors
+
+
+class TestCommandCheck:
+    def test_a_sound_file_is_status_0(self, db: Path, cli: Cli) -> None:
+        with SQLiteBackend(db, events=True):
+            pass
+        assert cli("check", db) == (0, "nothing is wrong\n", "")
+        assert cli("check", db, "--json") == (0, "", "")
+
+    def test_findings_are_status_1(self, jobs: str, cli: Cli) -> None:
+        with closing(sqlite3.connect(jobs)) as connection:
+            connection.execute("DROP INDEX omniq_task_kept")
+        status, output, _ = cli("check", jobs)
+        assert (status, "omniq_task_kept is missing" in output) == (1, True)
+        found = lines_of(cli("check", jobs, "--json")[1])
+        wanted = {
+            "check": "schema",
+            "severity": "error",
+            "message": "omniq_task_kept is missing",
+        }
+        assert wanted in found
+
+    def test_a_file_of_results_alone_is_checked(self, db: Path, cli: Cli) -> None:
+        with SQLiteResultStorage(db) as results:
+            results.store(TaskResult("t", ResultStatus.SUCCESS, 5))
+        assert cli("check", db)[0] == 0
+        with closing(sqlite3.connect(db)) as connection:
+            names = connection.execute("SELECT name FROM sqlite_schema").fetchall()
+        assert ("omniq_task",) not in names
+
+    def make_worker(self, db: Path, name: str, ago: float = 0.0) -> None:
+        with SQLiteQueue(db, clock=lambda: time.time() - ago) as queue:
+            queue.dequeue(worker=name)
+
+    def test_a_worker_that_lives_is_status_0(self, db: Path, cli: Cli) -> None:
+        self.make_worker(db, "mail")
+        assert cli("check", db, "--worker", "mail") == (0, "worker 'mail' lives\n", "")
+        [found] = lines_of(cli("check", db, "--worker", "mail", "--json")[1])
+        assert (found["name"], found["gone"]) == ("mail", None)
+
+    def test_a_worker_that_is_unknown_or_stale_is_status_1(
+        self, db: Path, cli: Cli
+    ) -> None:
+        self.make_worker(db, "mail", ago=90)
+        assert "no worker 'mai'" in cli("check", db, "--worker", "mai")[2]
+        status, output, _ = cli("check", db, "--worker", "mail")
+        assert (status, "was not seen for 9" in output) == (1, True)
+
+    def test_a_worker_that_was_killed_is_status_1(self, app: Path, cli: Cli) -> None:
+        process = command_start(*WORK, "--name", "mail", cwd=app)
+        probe = ("check", app / "jobs.db", "--worker", "mail")
+        try:
+            wait_until(lambda: cli(*probe)[0] == 0)
+        finally:
+            process.kill()
+            finish(process)
+        status, output, _ = cli(*probe)
+        assert (status, output) == (1, "worker 'mail' is dead\n")
+
+    def test_one_living_child_is_a_living_worker(self, db: Path, cli: Cli) -> None:
+        self.make_worker(db, "mail-1", ago=90)
+        self.make_worker(db, "mail-other")
+        assert cli("check", db, "--worker", "mail")[0] == 1
+        self.make_worker(db, "mail-1.2")
+        assert cli("check", db, "--worker", "mail")[0] == 0
+
+
 # -- main --
 
 
@@ -12910,7 +13137,7 @@ class TestReading:
 
 
 class TestMain:
-    @pytest.mark.parametrize("command", ["demo", "worker", "enqueue", *READING])
+    @pytest.mark.parametrize("command", [*WRITING, *READING])
     def test_help_has_an_example(self, command: str, cli: Cli) -> None:
         status, output, _ = cli(command, "--help")
         assert status == 0
@@ -12920,7 +13147,7 @@ class TestMain:
     def test_help_lists_the_commands(self, cli: Cli) -> None:
         status, output, _ = cli("--help")
         assert status == 0
-        assert all(command in output for command in ["demo", "worker", *READING])
+        assert all(command in output for command in [*WRITING, *READING])
 
     def test_it_tells_its_version(self, cli: Cli) -> None:
         assert cli("--version") == (0, f"{omniq_sqlite.__version__}\n", "")
