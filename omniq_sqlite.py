@@ -3389,8 +3389,9 @@ def _after_fork_in_parent() -> None:
 
 
 def _after_fork_in_child() -> None:
-    global _databases_lock, _id_lock
+    global _databases_lock, _id_lock, _operating_lock  # noqa: PLW0603 -- new ones
     _databases_lock, _id_lock = threading.RLock(), threading.Lock()
+    _operating_lock = threading.RLock()
     _operating.intersection_update({threading.get_ident()})
     for database in _resting:
         database.reset()
@@ -3431,7 +3432,10 @@ def _close_at_exit() -> None:
 # -- Blocking calls and Ctrl-C --
 
 _operating: set[int] = set()
-"""Threads inside a blocking call; no exception should be thrown at these."""
+"""Threads inside a blocking call, where an exception would tear something apart."""
+
+_operating_lock = threading.RLock()  # a signal handler may take it once more
+"""Held while such a call begins, and by whoever throws an exception."""
 
 _undo: dict[int, Callable[[], None]] = {}
 """By thread: how to give back what the call under way has claimed."""
@@ -3499,7 +3503,7 @@ def _shielded(call: Callable[[], T], *, deaf: bool = False) -> T:
     call may come between that and `return`, or it could lose a claim.
     """
     ident = threading.get_ident()
-    if ident in _operating:
+    if ident in _operating and _is_nested():
         raise RuntimeError(
             "a blocking call cannot be made inside another one of the same thread"
             " (from a signal handler or a serializer); set a flag and call later"
@@ -3509,7 +3513,8 @@ def _shielded(call: Callable[[], T], *, deaf: bool = False) -> T:
     interrupts.deaf = deaf
     try:
         try:
-            _operating.add(ident)
+            with _operating_lock:
+                _operating.add(ident)
             value = call()
             interrupts.check()
         except BaseException:
@@ -3525,6 +3530,35 @@ def _shielded(call: Callable[[], T], *, deaf: bool = False) -> T:
         if undo is not None:
             _shielded(undo, deaf=True)
         raise
+
+
+def _is_nested() -> bool:
+    """Tell whether this thread is inside `_shielded` in truth.
+
+    It is noted there, but a signal handler of the program that raises, in the
+    last moment of a call, leaves the note behind.
+    """
+    frame = sys._getframe(2)
+    while frame.f_back is not None:
+        frame = frame.f_back
+        if frame.f_code is _shielded.__code__:
+            return True
+    return False
+
+
+def _throw(ident: int, error: type[BaseException]) -> bool:
+    """Raise in another thread, unless it is inside a blocking call; tell whether.
+
+    It raises as soon as it goes on, at the latest where the next function begins:
+    a call that waits for the lock ends there, before it has begun anything.
+    """
+    import ctypes  # rare; costs import time
+
+    with _operating_lock:
+        if ident in _operating:
+            return False
+        thread, thrown = ctypes.c_ulong(ident), ctypes.py_object(error)
+        return bool(ctypes.pythonapi.PyThreadState_SetAsyncExc(thread, thrown))
 
 
 def _nothing() -> None:
@@ -7554,7 +7588,8 @@ class _Threads:
                 run.outcome = _judge(error)
             # A thread that was interrupted raises as soon as it goes on, so after
             # this line nothing is left to be raised in what it does next.
-            run.thread = None
+            with _operating_lock:
+                run.thread = None
         except TaskTimeout as error:  # while another error was looked at
             run.thread = None
             run.outcome = run.outcome or _judge(error)
@@ -7562,19 +7597,9 @@ class _Threads:
 
     def interrupt(self, run: _Run) -> bool:
         """Raise `TaskTimeout` in the thread of `run`; False: not at this moment."""
-        import ctypes  # here, because it is rare and costs import time
-
-        raise_in = ctypes.pythonapi.PyThreadState_SetAsyncExc
-        ident = run.thread
-        thread, error = ctypes.c_ulong(ident or 0), ctypes.py_object(TaskTimeout)
         run.interrupt_at = math.inf
-        # The interpreter switches threads at calls of Python functions and at
-        # jumps back only: none lies between this check and the call in C. In the
-        # middle of an operation of this module the exception would tear it apart.
-        if run.thread is not None and ident not in _operating:
-            raise_in(thread, error)
-            return True
-        return False
+        with _operating_lock:  # it cannot end in between
+            return run.thread is not None and _throw(run.thread, TaskTimeout)
 
 
 def _name_timeout(run: _Run) -> None:

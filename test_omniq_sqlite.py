@@ -8201,6 +8201,138 @@ class TestInterrupts:
             path,
         )
 
+    def test_a_note_left_behind_does_not_refuse_the_next_call(self, path: str) -> None:
+        """As by a handler of the program that raises at the very end of a call."""
+        ident = threading.get_ident()
+        with SQLiteQueue(path) as queue:
+            omniq_sqlite._operating.add(ident)
+            assert queue.count_tasks() == 0
+            assert ident not in omniq_sqlite._operating
+
+
+class TestThrownExceptions:
+    """A task's timeout is thrown into its thread, but never into a blocking call."""
+
+    def test_none_reaches_a_call_and_all_threads_go_on(self, path: str) -> None:
+        run_program(
+            """
+            class Thrown(BaseException):
+                pass
+            queue = SQLiteQueue(path, synchronous="OFF")
+            queue.enqueue(Task("f", queue="kept"))
+            stop, counts, errors = threading.Event(), [0] * 4, []
+            thrown, caught = [0] * 4, [0] * 4
+            def hammer(number):
+                while not stop.is_set():
+                    try:
+                        while not stop.is_set():
+                            queue.enqueue(Task("f"))
+                            counts[number] += 1
+                            sum(range(20_000))  # where one may be hit
+                    except Thrown:
+                        caught[number] += 1
+                    except BaseException as error:
+                        errors.append(error)
+                        raise
+            threads = [threading.Thread(target=hammer, args=(n,)) for n in range(4)]
+            for thread in threads:
+                thread.start()
+            random.seed(2)
+            limit = time.monotonic() + 3
+            while sum(thrown) < 300 and time.monotonic() < limit:
+                time.sleep(random.uniform(0.0, 0.002))
+                number = random.randrange(4)
+                if caught[number] == thrown[number]:  # one at a time
+                    ident = threads[number].ident
+                    thrown[number] += omniq_sqlite._throw(ident, Thrown)
+            goals = [count + 2 for count in counts]
+            while any(count < goal for count, goal in zip(counts, goals)):
+                time.sleep(0.001)
+            stop.set()
+            for thread in threads:
+                thread.join()
+            assert errors == [], errors
+            assert caught == thrown, (caught, thrown)
+            assert sum(caught) > 0
+            acknowledged, found = sum(counts), queue.count_tasks(queue="default")
+            assert 0 <= found - acknowledged <= sum(caught), (found, acknowledged)
+            """,
+            path,
+        )
+
+    def test_one_thrown_while_a_call_begins_ends_it_before_it_did_anything(
+        self, path: str
+    ) -> None:
+        run_program(
+            """
+            import ctypes
+            class Thrown(BaseException):
+                pass
+            class Lock:
+                "Free as soon as somebody has thrown at who waits for it."
+                def __enter__(self):
+                    thread = ctypes.c_ulong(threading.get_ident())
+                    throw = ctypes.pythonapi.PyThreadState_SetAsyncExc
+                    throw(thread, ctypes.py_object(Thrown))
+                def __exit__(self, *_):
+                    pass
+            queue = SQLiteQueue(path)
+            real, omniq_sqlite._operating_lock = omniq_sqlite._operating_lock, Lock()
+            try:
+                queue.enqueue(Task("f"))
+            except Thrown:
+                pass
+            else:
+                raise AssertionError
+            omniq_sqlite._operating_lock = real
+            assert not omniq_sqlite._operating
+            assert queue.count_tasks() == 0
+            """,
+            path,
+        )
+
+    def test_whoever_throws_looks_and_throws_under_the_lock(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        ident, real = threading.get_ident(), omniq_sqlite._operating_lock
+
+        class Lock:
+            """Given to a call that has just begun."""
+
+            def __enter__(self) -> None:
+                omniq_sqlite._operating.add(ident)
+
+            def __exit__(self, *_: object) -> None:
+                omniq_sqlite._operating.discard(ident)
+
+        monkeypatch.setattr(omniq_sqlite, "_operating_lock", Lock())
+        assert omniq_sqlite._throw(ident, ZeroDivisionError) is False
+        monkeypatch.setattr(omniq_sqlite, "_operating_lock", real)
+        with pytest.raises(ZeroDivisionError):
+            assert omniq_sqlite._throw(ident, ZeroDivisionError) is True
+
+    @POSIX
+    def test_the_lock_is_free_in_a_forked_child(self, path: str) -> None:
+        run_program(
+            """
+            queue = SQLiteQueue(path)
+            held, release = threading.Event(), threading.Event()
+            def hold():
+                with omniq_sqlite._operating_lock:
+                    held.set()
+                    release.wait()
+            thread = threading.Thread(target=hold)
+            thread.start()
+            held.wait()
+            pid = fork(lambda: queue.enqueue(Task("f")))
+            join(pid)
+            release.set()
+            thread.join()
+            assert queue.count_tasks() == 1
+            """,
+            path,
+        )
+
 
 def given_back(path: str) -> bool:
     """Tell whether the only task was claimed once and is pending again."""
