@@ -7843,27 +7843,31 @@ class _Shift:
 
     async def _drain(self) -> None:
         """Let what runs end, within the grace if the worker was stopped."""
-        await self._await_runs(lambda: self._stopped_at + self._worker.grace)
+        await self._until(lambda: self._stopped_at < math.inf or self._is_done())
+        left = self._stopped_at + self._worker.grace - time.monotonic()
+        await self._until(self._is_done, left)
         self._cancel_all()
         for run in self._unfinished():
             if run.outcome is not None and run.job is not None:
                 run.job.cancel()
-        ends_at = time.monotonic() + _LAST_WRITES
-        await self._await_runs(lambda: ends_at, asynchronous=True)
+        await self._until(
+            lambda: not any(run.job for run in self._unfinished()), _LAST_WRITES
+        )
         for run in self._unfinished():
             self._warn(run, "is left to its lease: it has not ended")
 
-    async def _await_runs(
-        self, deadline: Callable[[], float], *, asynchronous: bool = False
+    async def _until(
+        self, holds: Callable[[], object], timeout: float = math.inf
     ) -> None:
-        while any(run.job or not asynchronous for run in self._unfinished()):
-            left = deadline() - time.monotonic()
-            if left <= 0:
-                return
-            self._changed.clear()
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(left if left < math.inf else None):
+        """Wait, no longer than `timeout`, until something holds that runs change."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout if timeout < math.inf else None):
+                while not holds():
+                    self._changed.clear()
                     await self._changed.wait()
+
+    def _is_done(self) -> bool:
+        return not self._unfinished()
 
     def _unfinished(self) -> list[_Run]:
         return [run for run in self._runs if not (run.lost or run.abandoned)]
@@ -7879,12 +7883,9 @@ class _Shift:
         await self._open()
         pause = 0.0
         while self._left:
-            if not (limit := self._room()):
-                self._changed.clear()
-                await self._changed.wait()
-                continue
+            await self._until(self._room)
             try:
-                tasks = await self._dequeue(limit)
+                tasks = await self._dequeue(self._room())
                 pause = 0.0
             except StorageClosedError:
                 raise
@@ -7905,10 +7906,13 @@ class _Shift:
         self._on_ready()
 
     def _room(self) -> int:
-        # Ended runs whose outcome is not written yet do not hold a slot, but they
-        # are bounded: a database that stalls stops the claims.
-        unwritten = 2 * self._worker.concurrency - len(self._runs)
-        return max(0, int(min(self._free, unwritten, self._left)))
+        # Ended runs whose outcome is not written yet hold no slot, but they are
+        # bounded: a database that stalls stops the claims. All free slots at once
+        # or none: claims of one task each would cost a transaction each.
+        unwritten = len(self._runs) - (self._worker.concurrency - self._free)
+        if unwritten > self._worker.concurrency:
+            return 0
+        return int(min(self._free, self._left))
 
     async def _dequeue(self, limit: int) -> list[Task] | None:
         """Claim up to `limit` tasks; `None`: there will be no more."""
@@ -7917,10 +7921,8 @@ class _Shift:
         if tasks := await self._dequeue_within(limit, 0.0):
             return tasks
         if self._runs:  # they may fail and come back, or enqueue others
-            self._changed.clear()
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(0.05):
-                    await self._changed.wait()
+            free = self._free
+            await self._until(lambda: not self._runs or self._free > free, 0.05)
             return []
         if await self._is_empty():
             return None

@@ -6,6 +6,7 @@ import asyncio
 import concurrent.futures
 import contextlib
 import contextvars
+import ctypes
 import dataclasses
 import enum
 import functools
@@ -10410,13 +10411,22 @@ class TestRun:
         assert max(taken) == concurrency
 
     def test_it_claims_in_batches(self, other: Rig) -> None:
+        claimed: list[int] = []
+        claim = other.queue.claim
+
+        def counted(*args: Any) -> list[Task]:
+            tasks = cast(list[Task], claim(*args))
+            claimed.append(len(tasks))
+            return tasks
+
         @other.tasks.register
         async def nothing() -> None: ...
 
+        other.queue.claim = counted
         other.enqueue(*(nothing.task() for _ in range(200)))
         other.run(concurrency=20)
         assert other.queue.count("complete") == 200
-        assert other.queue.count("dequeue_many") <= 20
+        assert [count for count in claimed if count] == [20] * 10
 
     def test_it_completes_in_batches(self, rig: Rig, monkeypatch: Any) -> None:
         groups: list[int] = []
@@ -11166,7 +11176,11 @@ class TestTimeout:
 
     def make_run(self, call: Callable[[], object]) -> Any:
         heartbeat = cast(Any, None)
-        run = omniq_sqlite._Run(Task("f", timeout=1.0), heartbeat, 1.0)
+
+        class Run(omniq_sqlite._Run):
+            """Of a type of its own, to be changed by a test."""
+
+        run = Run(Task("f", timeout=1.0), heartbeat, 1.0)
         run.call = call
         return run
 
@@ -11193,6 +11207,33 @@ class TestTimeout:
         assert isinstance(run.outcome.error, TaskTimeout)
         assert run.outcome.error.task_id == run.task.id
         assert run.thread is None
+
+    def test_it_may_strike_at_the_last_moment(self) -> None:
+        struck: list[str] = []
+
+        class OwnThread:
+            @classmethod
+            def from_param(cls, _run: object) -> ctypes.c_ulong:
+                return ctypes.c_ulong(threading.get_ident())
+
+        class Strike:
+            @classmethod
+            def from_param(cls, thread: int | None) -> Any:
+                if thread is None and not struck:
+                    struck.append("now")
+                    return ctypes.py_object(TaskTimeout)
+                return ctypes.c_void_p()
+
+        # Called when `thread` is set, in C all through: it is raised afterwards.
+        raise_in = ctypes.PYFUNCTYPE(
+            ctypes.c_int, cast(Any, OwnThread), cast(Any, Strike)
+        )
+        at_the_end = raise_in(("PyThreadState_SetAsyncExc", ctypes.pythonapi))
+        run = self.make_run(lambda: "done")
+        type(run).thread = property(lambda run: None, at_the_end)
+        omniq_sqlite._Threads("t")._perform(run)
+        assert struck == ["now"]
+        assert run.outcome.value == "done"
 
     def test_until_the_thread_ends_its_slot_and_lease_are_kept(
         self, other: Rig
