@@ -13418,3 +13418,29 @@ class TestExamples:
         for number in range(5):
             packed = (folder / f"{number}.txt.gz").read_bytes()
             assert gzip.decompress(packed) == f"text {number}\n".encode() * 100
+
+
+class TestBenchmarks:
+    def test_the_quick_form_does_every_workload_and_loses_no_task(
+        self, tmp_path: Path
+    ) -> None:
+        outcome = subprocess.run(
+            [
+                sys.executable,
+                ROOT / "benchmarks/run.py",
+                "--quick",
+                f"--folder={tmp_path}",
+                f"--json={tmp_path / 'results.json'}",
+            ],
+            env=child_environment(tmp_path / "bin"),
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=110,
+            check=False,
+        )
+        assert outcome.returncode == 0, outcome.stdout + outcome.stderr
+        rows = json.loads((tmp_path / "results.json").read_text())["rows"]
+        assert len(rows) == 27
+        for row in rows:
+            assert any("omniq" in name or " " in name for name in row["columns"]), row
