@@ -75,6 +75,7 @@ import weakref
 from collections import deque
 from collections.abc import (
     AsyncIterator,
+    Awaitable,
     Callable,
     Coroutine,
     Generator,
@@ -239,7 +240,18 @@ def _restore_error(
     return error
 
 
-class StorageClosedError(OmniQError, RuntimeError):
+class _FileError(OmniQError):
+    """Something about the file at `path`."""
+
+    message = "file {path!r}: {detail}"
+
+    def __init__(self, path: str, detail: str = "") -> None:
+        self.path = path
+        self.detail = detail
+        super().__init__(self.message.format(path=path, detail=detail))
+
+
+class StorageClosedError(_FileError, RuntimeError):
     """The object was closed; make a new one.
 
     Also raised in a child that was forked in the middle of an operation of the
@@ -247,9 +259,10 @@ class StorageClosedError(OmniQError, RuntimeError):
     file; let it exec or exit.
     """
 
-    def __init__(self, path: str, reason: str = "it was closed") -> None:
-        self.path = path
-        super().__init__(f"storage on {path!r} cannot be used: {reason}")
+    message = "storage on {path!r} cannot be used: {detail}"
+
+    def __init__(self, path: str, detail: str = "it was closed") -> None:
+        super().__init__(path, detail)
 
 
 class DatabaseBusyError(OmniQError, TimeoutError):
@@ -267,56 +280,38 @@ class DatabaseBusyError(OmniQError, TimeoutError):
         )
 
 
-class DatabaseFullError(OmniQError, OSError):
+class DatabaseFullError(_FileError, OSError):
     """The disk or a quota is full; nothing was changed. Free space, try again."""
 
-    def __init__(self, path: str) -> None:
-        self.path = path
-        super().__init__(
-            f"no space left for database {path!r}; free some and try again"
-        )
+    message = "no space left for database {path!r}; free some and try again"
 
 
-class ReadOnlyDatabaseError(OmniQError, PermissionError):
+class ReadOnlyDatabaseError(_FileError, PermissionError):
     """The file or its folder cannot be written. Mend the permissions."""
 
-    def __init__(self, path: str) -> None:
-        self.path = path
-        super().__init__(
-            f"database {path!r} is read-only; the file and its folder must be writable"
-        )
+    message = "database {path!r} is read-only; file and folder must be writable"
 
 
-class CorruptDatabaseError(OmniQError):
+class CorruptDatabaseError(_FileError):
     """The file is damaged or not a database. Restore a backup; keep a copy."""
 
-    def __init__(self, path: str, detail: str) -> None:
-        self.path = path
-        self.detail = detail
-        super().__init__(
-            f"file {path!r} is damaged or not an SQLite database: {detail}"
-        )
+    message = "file {path!r} is damaged or not an SQLite database: {detail}"
 
 
-class DatabaseReplacedError(OmniQError):
+class DatabaseReplacedError(_FileError):
     """The file was deleted or replaced under the open object.
 
     Nothing that this call wrote is in the file of that name. Put the file back,
     or close the object and open a new one.
     """
 
-    def __init__(self, path: str) -> None:
-        self.path = path
-        super().__init__(f"database {path!r} was deleted or replaced while it was open")
+    message = "database {path!r} was deleted or replaced while it was open"
 
 
-class DatabaseAccessError(OmniQError, OSError):
+class DatabaseAccessError(_FileError, OSError):
     """The operating system refused to open, read or write the file."""
 
-    def __init__(self, path: str, detail: str) -> None:
-        self.path = path
-        self.detail = detail
-        super().__init__(f"cannot use database {path!r}: {detail}")
+    message = "cannot use database {path!r}: {detail}"
 
 
 class SchemaVersionError(OmniQError):
@@ -475,67 +470,6 @@ FINAL_STATUSES = (
 _MAX_INTEGER = 2**63 - 1
 
 
-def _check(holds: bool, name: str, rule: str, value: object) -> None:
-    if not holds:
-        raise ValueError(f"{name} must be {rule}, not {_show(value)}")
-
-
-def _check_number(
-    name: str,
-    value: object,
-    *,
-    minimum: float = 0.0,
-    maximum: float = 1e11,
-    optional: bool = False,
-) -> None:
-    """Check a duration or another float; the bound keeps dates within a year 9999."""
-    if optional and value is None:
-        return
-    fine = (
-        isinstance(value, (int, float))
-        and not isinstance(value, bool)
-        and minimum <= value <= maximum
-    )
-    rule = f"a number from {minimum:g} to {maximum:g}"
-    _check(fine, name, rule + (" or None" if optional else ""), value)
-
-
-def _check_integer(
-    name: str, value: object, *, minimum: int = 0, maximum: int = _MAX_INTEGER
-) -> None:
-    fine = (
-        isinstance(value, int)
-        and not isinstance(value, bool)
-        and minimum <= value <= maximum
-    )
-    _check(fine, name, f"an integer from {minimum} to {maximum}", value)
-
-
-def _check_text(
-    name: str, value: object, *, optional: bool = False, maximum: int = 1_000
-) -> None:
-    """Check a name or key: not empty, of bounded length, and storable as text."""
-    if optional and value is None:
-        return
-    fine = isinstance(value, str) and 0 < len(value) <= maximum and _storable(value)
-    rule = f"a string of 1 to {maximum} characters without NUL or lone surrogates"
-    _check(fine, name, rule + (" or None" if optional else ""), value)
-
-
-def _check_instant(name: str, value: object) -> None:
-    if value is None:
-        return
-    fine = isinstance(value, datetime) and value.utcoffset() is not None
-    _check(fine, name, "an aware datetime (with tzinfo) or None", value)
-
-
-def _check_choice(name: str, value: object, choices: type[StrEnum]) -> None:
-    if value is None:
-        return
-    fine = isinstance(value, str) and value in choices.__members__.values()
-    _check(fine, name, "one of " + ", ".join(choices), value)
-
-
 def _storable(text: str) -> bool:
     if text.isascii():
         return "\0" not in text
@@ -568,6 +502,126 @@ def _clean_text(text: str, maximum: int = MAX_ERROR_LENGTH) -> str:
         .encode(errors="replace")
         .decode()
     )
+
+
+_Rule = tuple[str, Callable[[Any], bool]]
+"""What a value must be: in words, and as a test."""
+
+
+def _number(minimum: float = 0.0, maximum: float = 1e11) -> _Rule:
+    """Rule of a duration or another float; the bound keeps dates within a year 9999."""
+    return (
+        f"a number from {minimum:g} to {maximum:g}",
+        lambda value: (
+            isinstance(value, (int, float))
+            and not isinstance(value, bool)
+            and minimum <= value <= maximum
+        ),
+    )
+
+
+def _integer(minimum: int = 0, maximum: int = _MAX_INTEGER) -> _Rule:
+    return (
+        f"an integer from {minimum} to {maximum}",
+        lambda value: (
+            isinstance(value, int)
+            and not isinstance(value, bool)
+            and minimum <= value <= maximum
+        ),
+    )
+
+
+def _one_of(choices: type[StrEnum]) -> _Rule:
+    values = frozenset(choices)
+    return "one of " + ", ".join(
+        choices
+    ), lambda value: isinstance(value, str) and value in values
+
+
+def _is_name(value: object) -> bool:
+    return isinstance(value, str) and 0 < len(value) <= 1_000 and _storable(value)
+
+
+def _is_instant(value: object) -> bool:
+    return isinstance(value, datetime) and value.utcoffset() is not None
+
+
+def _is_mapping(value: object) -> bool:
+    return type(value) is dict or isinstance(value, Mapping)
+
+
+def _rules(names: str, rule: str, holds: Callable[[Any], bool]) -> dict[str, _Rule]:
+    return dict.fromkeys(names.split(), (rule, holds))
+
+
+# A parameter means the same wherever it occurs, except for those of one class.
+_RULES = {
+    **_rules(
+        "func queue unique_key id lease_id task_id worker type name",
+        "a string of 1 to 1000 characters without NUL or lone surrogates",
+        _is_name,
+    ),
+    **_rules(
+        "at created_at run_at expires_at started_at finished_at lease_until"
+        " since until",
+        "an aware datetime (with tzinfo)",
+        _is_instant,
+    ),
+    **_rules("kwargs metadata details", "a mapping", _is_mapping),
+    **_rules(
+        "delay retry_delay timeout older_than ttl retention busy_timeout grace",
+        *_number(),
+    ),
+    **_rules("limit offset attempt claims claim", *_integer()),
+    **_rules("max_attempts concurrency processes max_tasks", *_integer(1)),
+    **_rules("message error", "a string", lambda value: isinstance(value, str)),
+    "args": ("a tuple", lambda value: isinstance(value, (tuple, list))),
+    "priority": _integer(-_MAX_INTEGER),
+    "lease": _number(0.001),
+    "readers": _integer(1, 1_000),
+    "clock": ("callable", callable),
+    "status": _one_of(TaskStatus),
+    "TaskResult.status": _one_of(ResultStatus),
+    "Task.timeout": _number(1e-6),
+}
+
+
+def _check(holds: bool, name: str, rule: str, value: object) -> None:
+    if not holds:
+        raise ValueError(f"{name} must be {rule}, not {_show(value)}")
+
+
+def _check_values(**values: object) -> None:
+    """Check parameters by the rules of their names."""
+    for name, value in values.items():
+        rule, holds = _RULES[name]
+        _check(holds(value), name, rule, value)
+
+
+def _check_optional(**values: object) -> None:
+    """Check parameters that may be `None`."""
+    for name, value in values.items():
+        rule, holds = _RULES[name]
+        _check(value is None or holds(value), name, rule + " or None", value)
+
+
+@functools.cache
+def _rules_of(cls: Any) -> list[tuple[str, str, Callable[[Any], bool], bool]]:
+    """Return (name, rule, test, whether `None` may stand) for fields of a class."""
+    found = []
+    for each in fields(cls):
+        rule = _RULES.get(f"{cls.__name__}.{each.name}") or _RULES.get(each.name)
+        if rule is not None:
+            found.append((each.name, *rule, each.default is None))
+    return found
+
+
+def _check_fields(value: object) -> None:
+    """Check the fields of a value by the rules of their names."""
+    for name, rule, holds, optional in _rules_of(cast(Any, type(value))):
+        content = getattr(value, name)
+        if not (content is None and optional) and not holds(content):
+            _check(False, name, rule + " or None" * optional, content)
 
 
 _id_lock = threading.Lock()
@@ -643,21 +697,7 @@ class Task:
     """How often it was claimed, `retry()` or not; orders results."""
 
     def __post_init__(self) -> None:
-        _check_text("func", self.func)
-        _check(isinstance(self.args, (tuple, list)), "args", "a tuple", self.args)
-        _check(isinstance(self.kwargs, Mapping), "kwargs", "a mapping", self.kwargs)
-        _check_text("queue", self.queue)
-        _check_integer("priority", self.priority, minimum=-_MAX_INTEGER)
-        _check_instant("run_at", self.run_at)
-        _check_instant("expires_at", self.expires_at)
-        _check_integer("max_attempts", self.max_attempts, minimum=1)
-        _check_number("retry_delay", self.retry_delay)
-        _check_number("timeout", self.timeout, minimum=1e-6, optional=True)
-        _check_text("unique_key", self.unique_key, optional=True)
-        _check(
-            isinstance(self.metadata, Mapping), "metadata", "a mapping", self.metadata
-        )
-        _check_text("id", self.id)
+        _check_fields(self)
         if type(self.args) is not tuple:
             object.__setattr__(self, "args", tuple(self.args))
 
@@ -687,18 +727,8 @@ class TaskResult:
     claim: int | None = None
 
     def __post_init__(self) -> None:
-        _check_text("task_id", self.task_id)
-        _check_choice("status", self.status, ResultStatus)
+        _check_fields(self)
         object.__setattr__(self, "status", ResultStatus(self.status))
-        _check_instant("started_at", self.started_at)
-        _check_instant("finished_at", self.finished_at)
-        _check_text("worker", self.worker, optional=True)
-        for name in ("attempt", "claim"):
-            if getattr(self, name) is not None:
-                _check_integer(name, getattr(self, name))
-        _check(
-            isinstance(self.metadata, Mapping), "metadata", "a mapping", self.metadata
-        )
 
     def __hash__(self) -> int:
         return hash(self.task_id)
@@ -725,14 +755,7 @@ class TaskEvent:
     id: str | None = None
 
     def __post_init__(self) -> None:
-        _check_text("type", self.type)
-        _check_text("task_id", self.task_id, optional=True)
-        _check_text("queue", self.queue, optional=True)
-        _check(isinstance(self.message, str), "message", "a string", self.message)
-        _check(isinstance(self.details, Mapping), "details", "a mapping", self.details)
-        _check_text("worker", self.worker, optional=True)
-        _check(self.at is not None, "at", "an aware datetime", self.at)
-        _check_instant("at", self.at)
+        _check_fields(self)
         object.__setattr__(self, "type", _EVENT_TYPES.get(self.type, self.type))
 
     def __hash__(self) -> int:
@@ -1391,8 +1414,8 @@ INSERT INTO main.omniq_task (
 """
 
 SELECT_KEY_HOLDER = """
--- enqueue: the live task that holds a key, and when time changes it
-SELECT CAST(id AS BLOB), seq, due_at
+-- enqueue: the live task that holds a key, and whether its time has come
+SELECT seq, id, queue, worker, status, coalesce(due_at <= :now, FALSE)
 FROM main.omniq_task
 WHERE queue = :queue AND unique_key = :unique_key
     AND status IN ('scheduled', 'pending', 'running')
@@ -1416,18 +1439,11 @@ SELECT
 
 SELECT_DUE = """
 -- settle: tasks of one queue whose time has come
-SELECT seq
+SELECT seq, id, queue, worker, status
 FROM main.omniq_task
 WHERE queue = :queue AND due_at <= :now
 ORDER BY due_at
 LIMIT :limit
-"""
-
-SELECT_BEFORE_SETTLING = """
--- settle: what these tasks are before it
-SELECT seq, id, queue, status, worker
-FROM main.omniq_task
-WHERE seq IN (SELECT value FROM json_each(:seqs))
 """
 
 SETTLE = """
@@ -1476,10 +1492,10 @@ SET status = 'running',
 WHERE status = 'pending' AND seq IN (SELECT seq FROM ready)
     AND NOT EXISTS (SELECT 1 FROM main.omniq_pause WHERE queue = :queue)
 RETURNING
-    seq, id, queue, func, args, kwargs, metadata, status, priority, attempt,
-    claims, max_attempts, retry_delay, timeout, unique_key, created_at, run_at,
+    id, queue, func, args, kwargs, metadata, status, priority, attempt, claims,
+    max_attempts, retry_delay, timeout, unique_key, created_at, run_at,
     expires_at, lease_id, lease_until, worker, started_at, finished_at, error,
-    progress
+    progress, seq
 """
 
 DELETE_COMPLETED = """
@@ -1554,7 +1570,7 @@ END_LEASES = """
 UPDATE main.omniq_task
 SET lease_until = 0
 WHERE due_at IS NOT NULL AND status = 'running' AND worker = :worker
-RETURNING seq
+RETURNING seq, id, queue, worker, status
 """
 
 CANCEL = """
@@ -1615,10 +1631,10 @@ RETURNING id, queue
 SELECT_TASK = """
 -- one task
 SELECT
-    seq, id, queue, func, args, kwargs, metadata, status, priority, attempt,
-    claims, max_attempts, retry_delay, timeout, unique_key, created_at, run_at,
+    id, queue, func, args, kwargs, metadata, status, priority, attempt, claims,
+    max_attempts, retry_delay, timeout, unique_key, created_at, run_at,
     expires_at, lease_id, lease_until, worker, started_at, finished_at, error,
-    progress
+    progress, seq
 FROM main.omniq_task
 WHERE id = :id
 """
@@ -1626,10 +1642,10 @@ WHERE id = :id
 SELECT_TASKS = """
 -- tasks in order of insertion
 SELECT
-    seq, id, queue, func, args, kwargs, metadata, status, priority, attempt,
-    claims, max_attempts, retry_delay, timeout, unique_key, created_at, run_at,
+    id, queue, func, args, kwargs, metadata, status, priority, attempt, claims,
+    max_attempts, retry_delay, timeout, unique_key, created_at, run_at,
     expires_at, lease_id, lease_until, worker, started_at, finished_at, error,
-    progress
+    progress, seq
 FROM main.omniq_task
 WHERE (:queue IS NULL OR queue = :queue)
     AND (:status IS NULL OR status = :status)
@@ -1839,10 +1855,6 @@ INSERT INTO main.omniq_event (at, type, task_id, queue, worker, message, details
 VALUES (:at, :type, :task_id, :queue, :worker, :message, :details)
 """
 
-_EVENT_COLUMNS = """
-SELECT event_id, at, type, task_id, queue, worker, message, details
-"""
-
 _EVENT_FILTER = """
     AND event_id > :after
     AND (:queue IS NULL OR queue = :queue)
@@ -1851,44 +1863,33 @@ _EVENT_FILTER = """
     AND (:until IS NULL OR at < :until)
 """
 
-_EVENTS_BY_ID = "FROM main.omniq_event WHERE :task_id IS NULL" + _EVENT_FILTER
-_EVENTS_BY_TASK = "FROM main.omniq_event WHERE task_id = :task_id" + _EVENT_FILTER
-# SQLite would rather walk all ids than sort; this starts at the instant.
-_EVENTS_BY_TIME = (
-    "FROM main.omniq_event INDEXED BY omniq_event_by_time"
-    " WHERE at >= :since AND :task_id IS NULL" + _EVENT_FILTER
-)
-_FIRST_TO_LAST = "ORDER BY event_id LIMIT :limit"
-_LAST_TO_FIRST = "ORDER BY event_id DESC LIMIT :limit"
+# Ways to find events. SQLite would rather walk all ids than sort, so the last one
+# names the index, to start at the instant.
+_EVENTS_BY = {
+    "id": "FROM main.omniq_event WHERE :task_id IS NULL",
+    "task": "FROM main.omniq_event WHERE task_id = :task_id",
+    "time": """FROM main.omniq_event INDEXED BY omniq_event_by_time
+WHERE at >= :since AND :task_id IS NULL""",
+}
 
-# By (way to find them, newest first?).
 SELECT_EVENTS = {
-    ("id", False): "-- query: events" + _EVENT_COLUMNS + _EVENTS_BY_ID + _FIRST_TO_LAST,
-    ("id", True): "-- query: events" + _EVENT_COLUMNS + _EVENTS_BY_ID + _LAST_TO_FIRST,
-    ("task", False): (
-        "-- query: events of a task" + _EVENT_COLUMNS + _EVENTS_BY_TASK + _FIRST_TO_LAST
-    ),
-    ("task", True): (
-        "-- query: events of a task" + _EVENT_COLUMNS + _EVENTS_BY_TASK + _LAST_TO_FIRST
-    ),
-    ("time", False): (
-        "-- query: events since an instant"
-        + _EVENT_COLUMNS
-        + _EVENTS_BY_TIME
-        + _FIRST_TO_LAST
-    ),
-    ("time", True): (
-        "-- query: events since an instant"
-        + _EVENT_COLUMNS
-        + _EVENTS_BY_TIME
-        + _LAST_TO_FIRST
-    ),
+    (way, newest_first): """
+-- query: events
+SELECT event_id, at, type, task_id, queue, worker, message, details
+"""
+    + source
+    + _EVENT_FILTER
+    + order
+    for way, source in _EVENTS_BY.items()
+    for newest_first, order in (
+        (False, "ORDER BY event_id LIMIT :limit"),
+        (True, "ORDER BY event_id DESC LIMIT :limit"),
+    )
 }
 
 COUNT_EVENTS = {
-    "id": "-- count: events\nSELECT count(*)\n" + _EVENTS_BY_ID,
-    "task": "-- count: events of a task\nSELECT count(*)\n" + _EVENTS_BY_TASK,
-    "time": "-- count: events since an instant\nSELECT count(*)\n" + _EVENTS_BY_TIME,
+    way: "\n-- count: events\nSELECT count(*)\n" + source + _EVENT_FILTER
+    for way, source in _EVENTS_BY.items()
 }
 
 SELECT_LAST_EVENT = """
@@ -2108,25 +2109,15 @@ class JSONSerializer:
         return _decode(value) if '"$' in text else value
 
 
-_SERIALIZERS: dict[str, Serializer] = {"json": JSONSerializer()}
+_JSON = JSONSerializer()
 
 
 def _find_serializer(serializer: str | Serializer) -> Serializer:
-    if isinstance(serializer, str):
-        _check(
-            serializer in _SERIALIZERS,
-            "serializer",
-            "'json' or an object with dumps() and loads()",
-            serializer,
-        )
-        return _SERIALIZERS[serializer]
-    fine = callable(getattr(serializer, "dumps", None)) and callable(
-        getattr(serializer, "loads", None)
-    )
-    _check(
-        fine, "serializer", "'json' or an object with dumps() and loads()", serializer
-    )
-    return serializer
+    found: Any = _JSON if serializer == "json" else serializer
+    fine = all(callable(getattr(found, name, None)) for name in ("dumps", "loads"))
+    rule = "'json' or an object with dumps() and loads()"
+    _check(fine, "serializer", rule, serializer)
+    return cast(Serializer, found)
 
 
 def _dump(serializer: Serializer, where: str, value: Any) -> str:
@@ -2144,12 +2135,20 @@ def _dump(serializer: Serializer, where: str, value: Any) -> str:
     return text
 
 
+def _dump_mapping(serializer: Serializer, where: str, value: Mapping[str, Any]) -> str:
+    return _dump(serializer, where, dict(value)) if value else "{}"
+
+
 def _load(serializer: Serializer, where: str, text: str) -> Any:
     try:
         return serializer.loads(text)
     except Exception as error:
         detail = f"the stored text cannot be read ({type(error).__name__})"
         raise SerializationError(where, detail) from error
+
+
+def _load_mapping(serializer: Serializer, where: str, text: str) -> Any:
+    return {} if text == "{}" else _load(serializer, where, text)
 
 
 def _to_unix(instant: datetime | None) -> float | None:
@@ -2161,6 +2160,26 @@ def _from_unix(seconds: float | None) -> datetime | None:
 
 
 Row = tuple[Any, ...]
+
+
+def _read(
+    what: str,
+    build: Callable[[Row, Serializer], T],
+    rows: Iterable[Row],
+    serializer: Serializer,
+) -> list[T]:
+    """Build values from rows; in one that somebody else wrote, the fault is named."""
+    values: list[T] = []
+    row: Row = ("",)
+    try:
+        for row in rows:
+            values.append(build(row, serializer))
+    except SerializationError as error:
+        where = f"{what} {row[0]}: {error.where}"
+        raise SerializationError(where, error.detail) from error.__cause__
+    except (KeyError, TypeError, ValueError, OverflowError, OSError) as error:
+        raise SerializationError(f"{what} {row[0]}", str(error)) from error
+    return values
 
 
 def _task_parameters(
@@ -2175,12 +2194,8 @@ def _task_parameters(
         "queue": task.queue,
         "func": task.func,
         "args": _dump(serializer, "args", list(task.args)) if task.args else "[]",
-        "kwargs": _dump(serializer, "kwargs", dict(task.kwargs))
-        if task.kwargs
-        else "{}",
-        "metadata": _dump(serializer, "metadata", dict(task.metadata))
-        if task.metadata
-        else "{}",
+        "kwargs": _dump_mapping(serializer, "kwargs", task.kwargs),
+        "metadata": _dump_mapping(serializer, "metadata", task.metadata),
         "status": "scheduled" if run_at is not None and run_at > now else "pending",
         "priority": task.priority,
         "max_attempts": task.max_attempts,
@@ -2193,50 +2208,40 @@ def _task_parameters(
     }
 
 
-def _task_from_row(row: Row, serializer: Serializer) -> Task:
-    """Build a `Task` from the columns of `CLAIM`, `SELECT_TASK`, `SELECT_TASKS`."""
+def _task_of(row: Row, serializer: Serializer) -> Task:
+    """Build a `Task` from the columns of `CLAIM` and the selects."""
     (
-        _, task_id, queue, func, args, kwargs, metadata, status, priority, attempt,
+        task_id, queue, func, args, kwargs, metadata, status, priority, attempt,
         claims, max_attempts, retry_delay, timeout, unique_key, created_at, run_at,
         expires_at, lease_id, lease_until, worker, started_at, finished_at, error,
-        progress,
+        progress, _,
     ) = row  # fmt: skip
-    where = f"task {task_id}: "
-    try:
-        return Task(
-            func,
-            () if args == "[]" else tuple(_load(serializer, where + "args", args)),
-            {} if kwargs == "{}" else _load(serializer, where + "kwargs", kwargs),
-            queue=queue,
-            priority=priority,
-            run_at=_from_unix(run_at),
-            expires_at=_from_unix(expires_at),
-            max_attempts=max_attempts,
-            retry_delay=float(retry_delay),  # RETURNING hands out 1.0 as 1
-            timeout=timeout and float(timeout),
-            unique_key=unique_key,
-            metadata={}
-            if metadata == "{}"
-            else _load(serializer, where + "metadata", metadata),
-            id=task_id,
-            status=_TASK_STATUSES[status],
-            attempt=attempt,
-            created_at=_from_unix(created_at),
-            started_at=_from_unix(started_at),
-            finished_at=_from_unix(finished_at),
-            lease_until=_from_unix(lease_until),
-            lease_id=lease_id,
-            worker=worker,
-            error=error,
-            progress=None
-            if progress is None
-            else _load(serializer, where + "progress", progress),
-            claims=claims,
-        )
-    except (KeyError, TypeError, ValueError, OverflowError, OSError) as problem:
-        if isinstance(problem, SerializationError):
-            raise
-        raise SerializationError(where.rstrip(": "), str(problem)) from problem
+    return Task(
+        func,
+        () if args == "[]" else tuple(_load(serializer, "args", args)),
+        _load_mapping(serializer, "kwargs", kwargs),
+        queue=queue,
+        priority=priority,
+        run_at=_from_unix(run_at),
+        expires_at=_from_unix(expires_at),
+        max_attempts=max_attempts,
+        retry_delay=float(retry_delay),  # RETURNING hands out 1.0 as 1
+        timeout=timeout and float(timeout),
+        unique_key=unique_key,
+        metadata=_load_mapping(serializer, "metadata", metadata),
+        id=task_id,
+        status=_TASK_STATUSES[status],
+        attempt=attempt,
+        created_at=_from_unix(created_at),
+        started_at=_from_unix(started_at),
+        finished_at=_from_unix(finished_at),
+        lease_until=_from_unix(lease_until),
+        lease_id=lease_id,
+        worker=worker,
+        error=error,
+        progress=progress and _load(serializer, "progress", progress),
+        claims=claims,
+    )
 
 
 # =============================================================================
@@ -2422,9 +2427,7 @@ class _Options:
             "'OFF', 'NORMAL', 'FULL' or 'EXTRA'",
             self.synchronous,
         )
-        _check_number("busy_timeout", self.busy_timeout)
-        _check(callable(self.clock), "clock", "callable", self.clock)
-        _check_integer("readers", self.readers, minimum=1, maximum=1_000)
+        _check_fields(self)
 
 
 def _absolute(path: str | os.PathLike[str]) -> str:
@@ -4074,52 +4077,9 @@ class _Arrival:
 # elsewhere they are logged after the commit.
 
 _SETTLE_LIMIT = 500  # tasks that time has changed, in one transaction
+_STEP_LIMIT = 1_000  # rows that upkeep deletes in one transaction
 _NOTE_WORKER_INTERVAL = 10.0  # seconds between two notes that a worker was seen
 _FORGET_WORKER_AFTER = 86_400.0  # seconds
-
-_Execute = Callable[..., sqlite3.Cursor]
-
-
-@dataclass(frozen=True, slots=True)
-class _Note:
-    """Something that an operation did to a task; becomes an event."""
-
-    type: EventType
-    task_id: str
-    queue: str
-    worker: str | None = None
-    message: str = ""
-    details: dict[str, Any] = field(default_factory=dict)
-
-    def parameters(self, now: float) -> dict[str, Any]:
-        return {
-            "at": now,
-            "type": self.type,
-            "task_id": self.task_id,
-            "queue": self.queue,
-            "worker": self.worker,
-            "message": self.message,
-            "details": _to_json(self.details) if self.details else "{}",
-        }
-
-    def event(self, now: float) -> TaskEvent:
-        at = datetime.fromtimestamp(now, UTC)
-        return TaskEvent(
-            self.type,
-            self.task_id,
-            self.queue,
-            self.message,
-            self.details,
-            self.worker,
-            at,
-        )
-
-
-def _arguments_of(scope: dict[str, Any]) -> dict[str, Any]:
-    """Return a constructor's keyword arguments, from its `locals()`."""
-    kept = {"self", "path", "__class__"}
-    return {name: value for name, value in scope.items() if name not in kept}
-
 
 _SHARED_OPTIONS = (
     "synchronous",
@@ -4130,6 +4090,12 @@ _SHARED_OPTIONS = (
 )
 
 
+def _arguments_of(scope: dict[str, Any]) -> dict[str, Any]:
+    """Return a constructor's keyword arguments, from its `locals()`."""
+    kept = {"self", "path", "__class__"}
+    return {name: value for name, value in scope.items() if name not in kept}
+
+
 def _new_gateway(
     path: str | os.PathLike[str], arguments: dict[str, Any], *components: str
 ) -> _AsyncGateway:
@@ -4137,6 +4103,18 @@ def _new_gateway(
     shared = {name: arguments[name] for name in _SHARED_OPTIONS}
     options = _Options(_absolute(path), **shared)
     return _AsyncGateway(_Database(options, components))
+
+
+async def _in_steps(limit: int, step: Callable[[], Awaitable[int]]) -> int:
+    """Repeat a short transaction until it finds less than its limit; add up.
+
+    Short, so that nobody waits long for the lock.
+    """
+    total = count = await step()
+    while count >= limit:
+        count = await step()
+        total += count
+    return total
 
 
 class _AsyncStorage:
@@ -4164,6 +4142,25 @@ class _AsyncStorage:
 
     def _clock(self) -> float:
         return self._gateway.database.options.clock()
+
+    async def _rows(self, statement: str, **parameters: Any) -> list[Row]:
+        return await self._gateway.read(
+            lambda connection: connection.execute(statement, parameters).fetchall()
+        )
+
+    async def _delete(self, statement: str, **parameters: Any) -> int:
+        """Delete the rows that match in one transaction; return how many."""
+        operation = _Operation[int](
+            lambda connection: len(connection.execute(statement, parameters).fetchall())
+        )
+        return await self._gateway.write(operation)
+
+    async def _delete_in_steps(self, statement: str, **parameters: Any) -> int:
+        limited = partial(self._delete, statement, limit=_STEP_LIMIT, **parameters)
+        return await _in_steps(_STEP_LIMIT, limited)
+
+    async def _wait(self, seen: int, left: float, due: float | None = None) -> None:
+        await self._gateway.wait(seen, None if left == math.inf else left, due)
 
     @property
     def path(self) -> str:
@@ -4214,28 +4211,27 @@ class _AsyncStorage:
             _shielded(partial(database.shut, database.options.busy_timeout))
 
 
+def _rebuild(cls: Callable[..., T], path: str, arguments: dict[str, Any]) -> T:
+    return cls(path, **arguments)
+
+
 def _refuse_loop(storage: object) -> None:
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        return
-    raise RuntimeError(
-        f"'with {type(storage).__name__}' would block the running event loop;"
-        " use 'async with'"
-    )
+    if asyncio._get_running_loop() is not None:
+        raise RuntimeError(
+            f"'with {type(storage).__name__}' would block the running event loop;"
+            " use 'async with'"
+        )
 
 
 def _is_event_log_of(events: object, path: str) -> bool:
     """Tell whether an event storage is ours and on this very file."""
-    if not isinstance(events, _AsyncStorage):
-        return False
-    if ":memory:" in (path, events.path):
+    if not isinstance(events, _AsyncStorage) or ":memory:" in (path, events.path):
         return False
     return os.path.realpath(events.path) == os.path.realpath(path)
 
 
-def _rebuild(cls: Callable[..., T], path: str, arguments: dict[str, Any]) -> T:
-    return cls(path, **arguments)
+def _deadline(timeout: float | None) -> float:
+    return math.inf if timeout is None else time.monotonic() + timeout
 
 
 def _message_of(error: BaseException) -> str:
@@ -4256,6 +4252,12 @@ def _error_text(error: str | BaseException) -> str:
     return _clean_text(error)
 
 
+def _wanted_id(task_id: object) -> str:
+    """Return an id to look for; one that cannot be stored is simply not there."""
+    _check(isinstance(task_id, str), "task_id", "a string", task_id)
+    return _clean_text(cast(str, task_id))
+
+
 def _check_task(task: object, name: str = "task") -> Task:
     if not isinstance(task, Task):
         raise TypeError(f"{name} must be a Task, not {type(task).__name__}")
@@ -4274,7 +4276,7 @@ def _queue_names(queues: QueueNames) -> tuple[str, ...]:
     names = (queues,) if isinstance(queues, str) else tuple(queues)
     _check(len(names) > 0, "queues", "a name or a sequence of names", queues)
     for name in names:
-        _check_text("queues", name)
+        _check_values(queue=name)
     return tuple(dict.fromkeys(names))
 
 
@@ -4285,90 +4287,161 @@ def _retry_delay(task: Task) -> float:
     return min(delay * random.uniform(0.9, 1.1), MAX_RETRY_DELAY)
 
 
+# -- Inside the transaction --
+
+
+class _Change:
+    """A write under way: where and when it happens, and what it did to tasks."""
+
+    __slots__ = ("cursor", "notes", "noting", "now")
+
+    def __init__(self, cursor: sqlite3.Cursor, now: float, *, noting: bool) -> None:
+        self.cursor = cursor
+        self.now = now
+        self.noting = noting
+        self.notes: list[dict[str, Any]] = []  # parameters of `INSERT_EVENT`
+
+    def rows(self, statement: str, **parameters: Any) -> list[Row]:
+        """Execute a statement, which may use `:now`, and read all that it returns."""
+        parameters["now"] = self.now
+        return self.cursor.execute(statement, parameters).fetchall()
+
+    def note(
+        self,
+        kind: EventType,
+        task_id: str,
+        queue: str,
+        worker: str | None = None,
+        message: str = "",
+        **details: Any,
+    ) -> None:
+        if self.noting:
+            note = {
+                "at": self.now,
+                "type": kind.value,
+                "task_id": task_id,
+                "queue": queue,
+                "worker": worker,
+                "message": message,
+                "details": _to_json(details) if details else "{}",
+            }
+            self.notes.append(note)
+
+    def note_run(
+        self, kind: EventType, task: Task, message: str = "", **details: Any
+    ) -> None:
+        details["attempt"] = task.attempt
+        self.note(kind, task.id, task.queue, task.worker, message, **details)
+
+    def end(self, statement: str, task: Task, **parameters: Any) -> Row:
+        """Change a task that must still be under this claim; return the row."""
+        lease = {"id": task.id, "lease_id": task.lease_id}
+        rows = self.rows(statement, **lease, **parameters)
+        if not rows:
+            raise LeaseLostError([task.id])
+        return rows[0]
+
+    @contextlib.contextmanager
+    def all_or_nothing(self) -> Generator[None]:
+        self.cursor.execute("SAVEPOINT omniq_part")
+        try:
+            yield
+        except BaseException:
+            # Some errors, as a full disk, have ended the whole transaction.
+            if self.cursor.connection.in_transaction:
+                self.cursor.execute("ROLLBACK TO omniq_part")
+                self.cursor.execute("RELEASE omniq_part")
+            raise
+        self.cursor.execute("RELEASE omniq_part")
+
+
 def _text(value: Any) -> str:
     """Return text that a caller's connection may hand out as bytes."""
     return value if isinstance(value, str) else bytes(value).decode()
 
 
-def _settle(
-    execute: _Execute, seqs: Sequence[int], now: float, notes: list[_Note]
-) -> int:
-    """End what time has ended among these tasks, and free what may run."""
-    if not seqs:
+def _settle(change: _Change, due: Sequence[Row]) -> int:
+    """End what time has ended among these tasks, and free what may run.
+
+    `due` has `seq`, `id`, `queue`, `worker` and `status` as they are before.
+    """
+    if not due:
         return 0
-    listed = _to_json(list(seqs))
-    rows = execute(SELECT_BEFORE_SETTLING, {"seqs": listed}).fetchall()
-    before = {row[0]: row[1:] for row in rows}
-    settled = execute(SETTLE, {"seqs": listed, "now": now}).fetchall()
-    for seq, status, error in settled:
-        task_id, queue, old, worker = before[seq]
-        who = (_text(task_id), _text(queue), worker and _text(worker))
-        if _text(old) == "running":
-            notes.append(_Note(EventType.LEASE_LOST, *who, _text(error)))
-        if _text(status) == "failed":
-            notes.append(_Note(EventType.FAILED, *who, _text(error)))
-        if _text(status) == "expired":
-            notes.append(_Note(EventType.EXPIRED, *who))
+    settled = change.rows(SETTLE, seqs=_to_json([row[0] for row in due]))
+    now = {
+        seq: (_text(status), error and _text(error)) for seq, status, error in settled
+    }
+    for seq, task_id, name, worker, before in due:
+        status, error = now.get(seq, ("", ""))
+        who = (_text(task_id), _text(name), worker and _text(worker))
+        if status and _text(before) == "running":
+            change.note(EventType.LEASE_LOST, *who, error)
+        if status == "failed":
+            change.note(EventType.FAILED, *who, error)
+        if status == "expired":
+            change.note(EventType.EXPIRED, *who)
     return len(settled)
 
 
-def _insert(
-    execute: _Execute, row: dict[str, Any], now: float, notes: list[_Note]
-) -> str:
-    """Add a task, unless a live one holds its key; return the id that is there."""
-    try:
-        execute(INSERT_TASK, row)
-    except sqlite3.IntegrityError:
-        holder = _key_holder(execute, row["queue"], row["unique_key"], now, notes)
-        if holder is not None:
-            return holder
-        try:
-            execute(INSERT_TASK, row)
-        except sqlite3.IntegrityError as error:
-            raise DuplicateTaskError(row["id"]) from error
-    notes.append(_Note(EventType.ENQUEUED, row["id"], row["queue"]))
-    return cast(str, row["id"])
-
-
-def _key_holder(
-    execute: _Execute, queue: str, key: str | None, now: float, notes: list[_Note]
-) -> str | None:
+def _key_holder(change: _Change, queue: str, key: str | None) -> str | None:
     """Return the task that holds a key, after settling one that is over."""
     if key is None:
         return None
-    parameters = {"queue": queue, "unique_key": key}
     for _ in range(2):
-        rows = execute(SELECT_KEY_HOLDER, parameters).fetchall()
-        if not rows:
-            return None
-        [(holder, seq, due_at)] = rows
-        if due_at is None or due_at > now:
-            return bytes(holder).decode()
-        _settle(execute, [seq], now, notes)
-    rows = execute(SELECT_KEY_HOLDER, parameters).fetchall()
-    return bytes(rows[0][0]).decode() if rows else None
+        for *task, is_due in change.rows(
+            SELECT_KEY_HOLDER, queue=queue, unique_key=key
+        ):
+            if not is_due:
+                return _text(task[1])
+            _settle(change, [tuple(task)])
+    return None
 
 
-def _insert_many(
-    cursor: sqlite3.Cursor,
-    rows: Sequence[dict[str, Any]],
-    now: float,
-    notes: list[_Note],
-) -> list[str]:
-    """Add tasks in one statement, or one by one where a key or an id is taken."""
-    if len(rows) == 1:
-        return [_insert(cursor.execute, rows[0], now, notes)]
-    cursor.execute("SAVEPOINT omniq_many")
+def _insert(change: _Change, row: dict[str, Any]) -> str:
+    """Add a task, unless a live one holds its key; return the id that is there."""
     try:
-        cursor.executemany(INSERT_TASK, rows)
+        change.cursor.execute(INSERT_TASK, row)
     except sqlite3.IntegrityError:
-        cursor.execute("ROLLBACK TO omniq_many")
-        ids = [_insert(cursor.execute, row, now, notes) for row in rows]
-    else:
-        ids = [row["id"] for row in rows]
-        notes += [_Note(EventType.ENQUEUED, row["id"], row["queue"]) for row in rows]
-    cursor.execute("RELEASE omniq_many")
-    return ids
+        holder = _key_holder(change, row["queue"], row["unique_key"])
+        if holder is not None:
+            return holder
+        try:
+            change.cursor.execute(INSERT_TASK, row)
+        except sqlite3.IntegrityError as error:
+            raise DuplicateTaskError(row["id"]) from error
+    change.note(EventType.ENQUEUED, row["id"], row["queue"])
+    return cast(str, row["id"])
+
+
+def _insert_many(change: _Change, rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Add tasks in one statement, or one by one where a key or an id is taken."""
+    try:
+        with change.all_or_nothing():
+            change.cursor.executemany(INSERT_TASK, rows)
+    except sqlite3.IntegrityError:
+        return [_insert(change, row) for row in rows]
+    for row in rows:
+        change.note(EventType.ENQUEUED, row["id"], row["queue"])
+    return [row["id"] for row in rows]
+
+
+def _cancel(change: _Change, statement: str, **filters: Any) -> int:
+    """Cancel the live tasks that match; return how many."""
+    rows = change.rows(statement, **filters)
+    for task_id, name in rows:
+        change.note(EventType.CANCELLED, task_id, name)
+    return len(rows)
+
+
+def _retry(change: _Change, task_id: str) -> bool:
+    """Let an ended task run again, unless its key is held; return whether it does."""
+    for name, unique_key in change.rows(SELECT_RETRYABLE, id=task_id):
+        if _key_holder(change, name, unique_key) is not None:
+            raise DuplicateTaskError(task_id, unique_key)
+        change.rows(RETRY, id=task_id)
+        change.note(EventType.RETRY, task_id, name)
+        return True
+    return False
 
 
 @dataclass(slots=True)
@@ -4376,7 +4449,7 @@ class _Claimed:
     """The outcome of a claim."""
 
     tasks: list[Task]
-    notes: list[_Note]
+    notes: list[dict[str, Any]]
     next_due: float | None = None
     more: bool = False
     """Whether another look is worth it at once: more was due than one takes."""
@@ -4426,72 +4499,51 @@ class _Claim(_Operation[_Claimed]):
         return any(task.attempt >= task.max_attempts for task in result.tasks)
 
     def _claim_all(self, connection: sqlite3.Connection) -> _Claimed:
-        claimed = _Claimed([], [], self.next_due)
-        now = self.queue._clock()
+        change = self.queue._change(connection.cursor())
+        claimed = _Claimed([], change.notes, self.next_due)
         for name, due in self.plan:
+            if due:
+                count = _settle_due(change, name)
+                claimed.more |= count == _SETTLE_LIMIT
+            self._claim(change, name, claimed)
             if len(claimed.tasks) >= self.limit:
                 break
-            if due:
-                self._settle_due(connection, name, now, claimed)
-            self._claim(connection, name, now, claimed)
-        self.queue._log_inside(connection, claimed.notes, now)
+        self.queue._log_inside(change)
         return claimed
 
-    @staticmethod
-    def _settle_due(
-        connection: sqlite3.Connection, name: str, now: float, claimed: _Claimed
-    ) -> None:
-        parameters = {"queue": name, "now": now, "limit": _SETTLE_LIMIT}
-        due = [seq for (seq,) in connection.execute(SELECT_DUE, parameters).fetchall()]
-        _settle(connection.execute, due, now, claimed.notes)
-        claimed.more |= len(due) == _SETTLE_LIMIT
-
-    def _claim(
-        self, connection: sqlite3.Connection, name: str, now: float, claimed: _Claimed
-    ) -> None:
-        parameters = {
-            "queue": name,
-            "limit": self.limit - len(claimed.tasks),
-            "now": now,
-            "claim_id": self.claim_id,
-            "lease_until": now + self.lease,
-            "worker": self.worker,
-        }
-        rows = connection.execute(CLAIM, parameters).fetchall()
-        rows.sort(key=lambda row: (-row[8], row[0]))  # RETURNING has no order
+    def _claim(self, change: _Change, name: str, claimed: _Claimed) -> None:
+        rows = change.rows(
+            CLAIM,
+            queue=name,
+            limit=self.limit - len(claimed.tasks),
+            claim_id=self.claim_id,
+            lease_until=change.now + self.lease,
+            worker=self.worker,
+        )
+        rows.sort(key=lambda row: (-row[7], row[-1]))  # RETURNING has no order
         for row in rows:
             try:
-                task = _task_from_row(row, self.queue._serializer)
+                [task] = _read("task", _task_of, [row], self.queue._serializer)
             except SerializationError as error:
-                self._bury(connection, row, now, error, claimed)
-                continue
-            claimed.tasks.append(task)
-            details = {"attempt": task.attempt}
-            claimed.notes.append(
-                _Note(EventType.DEQUEUED, task.id, name, self.worker, details=details)
-            )
+                # It fails at once: others must not wait behind it.
+                _bury(change, row, _error_text(error))
+                claimed.more = True
+            else:
+                claimed.tasks.append(task)
+                change.note_run(EventType.DEQUEUED, task)
 
-    @staticmethod
-    def _bury(
-        connection: sqlite3.Connection,
-        row: Row,
-        now: float,
-        error: SerializationError,
-        claimed: _Claimed,
-    ) -> None:
-        """Fail a task that cannot be read at once; others must not wait behind it."""
-        message = _error_text(error)
-        parameters = {
-            "id": row[1],
-            "lease_id": row[18],
-            "retry": False,
-            "run_at": None,
-            "now": now,
-            "error": message,
-        }
-        connection.execute(FAIL, parameters).fetchall()
-        claimed.notes.append(_Note(EventType.FAILED, row[1], row[2], None, message))
-        claimed.more = True
+
+def _settle_due(change: _Change, queue: str) -> int:
+    """Settle what is due in a queue, a bounded number; return how many."""
+    return _settle(change, change.rows(SELECT_DUE, queue=queue, limit=_SETTLE_LIMIT))
+
+
+def _bury(change: _Change, row: Row, error: str) -> None:
+    """Fail a claimed task that cannot be read."""
+    task_id, queue, lease_id = row[0], row[1], row[17]
+    terms = {"retry": False, "run_at": None, "error": error}
+    change.rows(FAIL, id=task_id, lease_id=lease_id, **terms)
+    change.note(EventType.FAILED, task_id, queue, None, error)
 
 
 class AsyncSQLiteQueue(_AsyncStorage):
@@ -4534,7 +4586,7 @@ class AsyncSQLiteQueue(_AsyncStorage):
 
     def _set_up(self, gateway: _Gateway, arguments: dict[str, Any]) -> None:
         super()._set_up(gateway, arguments)
-        _check_number("retention", arguments["retention"])
+        _check_values(retention=arguments["retention"])
         self._retention = float(arguments["retention"])
         self._events: AsyncEventStorage | None = arguments["events"]
         here = "events" in gateway.database.components
@@ -4543,51 +4595,46 @@ class AsyncSQLiteQueue(_AsyncStorage):
 
     # -- Shared by the methods --
 
-    def _log_inside(
-        self, connection: sqlite3.Connection, notes: Sequence[_Note], now: float
-    ) -> None:
-        if self._events_inside and notes:
-            connection.executemany(INSERT_EVENT, [n.parameters(now) for n in notes])
+    def _change(self, cursor: sqlite3.Cursor, now: float | None = None) -> _Change:
+        now = self._clock() if now is None else now
+        return _Change(cursor, now, noting=self._events is not None)
 
-    async def _log_outside(self, notes: Sequence[_Note], now: float) -> None:
+    def _log_inside(self, change: _Change) -> None:
+        if self._events_inside and change.notes:
+            change.cursor.executemany(INSERT_EVENT, change.notes)
+
+    async def _log_outside(self, notes: Sequence[dict[str, Any]]) -> None:
         """Log what was committed to an event log elsewhere; never fail for it."""
         if self._events is None or self._events_inside or not notes:
             return
         try:
-            await self._events.log_many([note.event(now) for note in notes])
+            await self._events.log_many([_event_of_note(note) for note in notes])
         except Exception:
             logger.warning("could not log %d task events", len(notes), exc_info=True)
 
     async def _write(
         self,
-        run: Callable[[sqlite3.Connection, list[_Note], float], T],
+        run: Callable[[_Change], T],
         *,
         flush: bool = True,
         savepoint: bool = True,
     ) -> T:
-        """Commit `run(connection, notes, now)` and log what it noted.
+        """Commit what `run` does, and log what it noted.
 
         The other parameters are those of `_Operation`.
         """
-        notes: list[_Note] = []
         now = self._clock()
 
-        def run_and_log(connection: sqlite3.Connection) -> T:
-            notes.clear()
-            result = run(connection, notes, now)
-            self._log_inside(connection, notes, now)
-            return result
+        def run_and_log(connection: sqlite3.Connection) -> tuple[T, _Change]:
+            change = self._change(connection.cursor(), now)
+            result = run(change)
+            self._log_inside(change)
+            return result, change
 
         operation = _Operation(run_and_log, flush=flush, savepoint=savepoint)
-        result = await self._gateway.write(operation)
-        await self._log_outside(notes, now)
+        result, change = await self._gateway.write(operation)
+        await self._log_outside(change.notes)
         return result
-
-    async def _rows(self, statement: str, parameters: Mapping[str, Any]) -> list[Row]:
-        def fetch(connection: sqlite3.Connection) -> list[Row]:
-            return connection.execute(statement, parameters).fetchall()
-
-        return await self._gateway.read(fetch)
 
     # -- In --
 
@@ -4599,29 +4646,25 @@ class AsyncSQLiteQueue(_AsyncStorage):
 
         Raises: `DuplicateTaskError` if the id exists; `SerializationError`.
         """
-        _check_number("delay", delay)
-        [task_id] = await self._enqueue([_check_task(task)], delay)
-        return task_id
+        _check_values(delay=delay)
+        row = self._row_of(task, "task", delay)
+        return await self._write(lambda change: _insert(change, row))
 
     async def enqueue_many(self, tasks: Iterable[Task]) -> list[str]:
         """Add tasks in one transaction, all or nothing, and return their ids.
 
         Raises: `DuplicateTaskError`, `SerializationError`; then none was added.
         """
-        checked = [_check_task(task, "tasks") for task in tasks]
-        return await self._enqueue(checked, 0.0) if checked else []
+        rows = [self._row_of(task) for task in tasks]
+        if not rows:
+            return []
+        return await self._write(lambda change: _insert_many(change, rows))
 
-    async def _enqueue(self, tasks: Sequence[Task], delay: float) -> list[str]:
-        rows = self._rows_of(tasks, delay)
-        return await self._write(
-            lambda connection, notes, now: _insert_many(
-                connection.cursor(), rows, now, notes
-            )
-        )
-
-    def _rows_of(self, tasks: Sequence[Task], delay: float) -> list[dict[str, Any]]:
-        now = self._clock()
-        return [_task_parameters(t, self._serializer, now, delay) for t in tasks]
+    def _row_of(
+        self, task: Task, name: str = "tasks", delay: float = 0.0
+    ) -> dict[str, Any]:
+        _check_task(task, name)
+        return _task_parameters(task, self._serializer, self._clock(), delay)
 
     async def enqueue_on(
         self, connection: sqlite3.Connection | aiosqlite.Connection, *tasks: Task
@@ -4648,38 +4691,19 @@ class AsyncSQLiteQueue(_AsyncStorage):
     ) -> list[str]:
         database = self._gateway.database
         database.check_open()
-        rows = self._rows_of([_check_task(task) for task in tasks], 0.0)
+        rows = [self._row_of(task) for task in tasks]
         try:
             cursor = _foreign_cursor(connection, database)
-            began = _begin_foreign(connection, cursor)
-            try:
-                return self._insert_on(cursor, rows)
-            except BaseException:
-                if began and connection.in_transaction:
-                    cursor.execute("ROLLBACK")
-                raise
+            change = self._change(cursor)
+            with _foreign_transaction(connection, cursor), change.all_or_nothing():
+                migrate(connection, database.components, database.path)
+                ids = _insert_many(change, rows)
+                self._log_inside(change)
         except sqlite3.Error as error:
-            raise _translate_foreign(error, database) from error
-
-    def _insert_on(
-        self, cursor: sqlite3.Cursor, rows: Sequence[dict[str, Any]]
-    ) -> list[str]:
-        database, now = self._gateway.database, self._clock()
-        notes: list[_Note] = []
-        if _has_wal_reset_bug(sqlite3.sqlite_version_info):
-            cursor.execute("PRAGMA main.wal_autocheckpoint = 0").fetchall()
-        cursor.execute("SAVEPOINT omniq")
-        try:
-            migrate(cursor.connection, database.components, database.path)
-            ids = _insert_many(cursor, rows, now, notes) if rows else []
-            if self._events_inside:
-                cursor.executemany(INSERT_EVENT, [n.parameters(now) for n in notes])
-        except BaseException:
-            if cursor.connection.in_transaction:
-                cursor.execute("ROLLBACK TO omniq")
-                cursor.execute("RELEASE omniq")
-            raise
-        cursor.execute("RELEASE omniq")
+            if _is_busy(error):
+                detail = "roll your transaction back and begin it with BEGIN IMMEDIATE"
+                raise DatabaseBusyError(database.path, 0.0, detail) from error
+            raise database.translate(error) from error
         return ids
 
     # -- Out --
@@ -4718,31 +4742,28 @@ class AsyncSQLiteQueue(_AsyncStorage):
 
         Empty after `timeout` seconds. The parameters are those of `dequeue`.
         """
-        _check_integer("limit", limit, minimum=1)
-        _check_number("timeout", timeout, optional=True)
-        _check_number("lease", lease, minimum=0.001)
-        _check_text("worker", worker, optional=True)
+        _check_values(limit=limit, lease=lease)
+        _check(limit > 0, "limit", "at least 1", limit)
+        _check_optional(timeout=timeout, worker=worker)
         names = _queue_names(queues)
-        limit_at = None if timeout is None else time.monotonic() + timeout
+        deadline = _deadline(timeout)
         while True:
-            self._note_worker(worker, names)
+            if worker is not None:
+                self._note_worker(worker, names)
             seen = self._gateway.database.watch.generation
             claimed = await self._claim(_Claim(self, names, limit, lease, worker))
-            if claimed.tasks:
+            left = deadline - time.monotonic()
+            if claimed.tasks or (left <= 0 and not claimed.more):
                 return claimed.tasks
-            left = None if limit_at is None else limit_at - time.monotonic()
-            if claimed.more:
-                continue
-            if left is not None and left <= 0:
-                return []
-            if worker is not None:
-                left = min(_NOTE_WORKER_INTERVAL, math.inf if left is None else left)
-            await self._gateway.wait(seen, left, claimed.next_due)
+            if not claimed.more:
+                if worker is not None:
+                    left = min(left, _NOTE_WORKER_INTERVAL)
+                await self._wait(seen, left, claimed.next_due)
 
     async def _claim(self, claim: _Claim) -> _Claimed:
         claimed = await self._gateway.write(claim, undo=self._give_back)
         try:
-            await self._log_outside(claimed.notes, self._clock())
+            await self._log_outside(claimed.notes)
         except BaseException:
             self._give_back(claimed)
             raise
@@ -4754,26 +4775,20 @@ class AsyncSQLiteQueue(_AsyncStorage):
         Queued, not awaited: the caller was cancelled and would be again.
         """
         tasks = claimed.tasks
-        if not tasks:
-            return
 
         def run(connection: sqlite3.Connection) -> None:
-            notes: list[_Note] = []
+            change = self._change(connection.cursor())
             for task in tasks:
-                parameters = {"id": task.id, "lease_id": task.lease_id, "run_at": None}
-                if connection.execute(RELEASE, parameters).fetchall():
-                    note = _Note(
-                        EventType.RELEASED, task.id, task.queue, task.worker, "given up"
-                    )
-                    notes.append(note)
-            self._log_inside(connection, notes, self._clock())
+                with contextlib.suppress(LeaseLostError):
+                    change.end(RELEASE, task, run_at=None)
+                    change.note_run(EventType.RELEASED, task, "given up")
+            self._log_inside(change)
 
-        self._gateway.submit(_Operation(run, flush=False))
+        if tasks:
+            self._gateway.submit(_Operation(run, flush=False))
 
-    def _note_worker(self, worker: str | None, names: Sequence[str]) -> None:
+    def _note_worker(self, worker: str, names: Sequence[str]) -> None:
         """Let others see that this worker lives, every ten seconds."""
-        if worker is None or not self._note_is_due(worker):
-            return
         parameters = {
             "name": worker,
             "host": socket.gethostname(),
@@ -4785,7 +4800,8 @@ class AsyncSQLiteQueue(_AsyncStorage):
         def run(connection: sqlite3.Connection) -> None:
             connection.execute(UPSERT_WORKER, parameters)
 
-        self._gateway.submit(_Operation(run, flush=False))
+        if self._note_is_due(worker):
+            self._gateway.submit(_Operation(run, flush=False))
 
     def _note_is_due(self, worker: str) -> bool:
         now = time.monotonic()
@@ -4802,23 +4818,10 @@ class AsyncSQLiteQueue(_AsyncStorage):
         Raises: `LeaseLostError` when the claim is no longer yours.
         """
         _check_lease(task)
-        await self._write(
-            lambda connection, notes, now: self._complete(connection, task, notes, now),
-            savepoint=False,
-        )
+        await self._write(lambda change: self._complete(change, task), savepoint=False)
 
-    def _complete(
-        self, connection: sqlite3.Connection, task: Task, notes: list[_Note], now: float
-    ) -> None:
-        if self._retention:
-            done = self._complete_all(connection, [task], notes, now)
-        else:
-            parameters = {"id": task.id, "lease_id": task.lease_id}
-            rows = connection.execute(DELETE_COMPLETED_ONE, parameters).fetchall()
-            done = {task_id for (task_id,) in rows}
-            if done:
-                notes.append(self._note_of(EventType.COMPLETED, task))
-        if not done:
+    def _complete(self, change: _Change, task: Task) -> None:
+        if self._complete_all(change, [task]):
             raise LeaseLostError([task.id])
 
     async def complete_many(self, tasks: Iterable[Task]) -> None:
@@ -4830,43 +4833,28 @@ class AsyncSQLiteQueue(_AsyncStorage):
         checked = [_check_task(task, "tasks") for task in tasks]
         if not checked:
             return
-        done = await self._write(
-            lambda connection, notes, now: self._complete_all(
-                connection, checked, notes, now
-            )
-        )
-        lost = [task.id for task in checked if task.id not in done]
+        lost = await self._write(lambda change: self._complete_all(change, checked))
         if lost:
             raise LeaseLostError(lost)
 
-    def _complete_all(
-        self,
-        connection: sqlite3.Connection,
-        tasks: Sequence[Task],
-        notes: list[_Note],
-        now: float,
-    ) -> set[str]:
-        parameters: dict[str, Any] = {
-            "ids": _to_json([task.id for task in tasks]),
-            "lease_ids": _to_json([task.lease_id for task in tasks]),
-        }
-        statement = DELETE_COMPLETED
-        if self._retention:
-            statement = KEEP_COMPLETED
-            parameters |= {"now": now, "keep_until": now + self._retention}
-        rows = connection.execute(statement, parameters).fetchall()
+    def _complete_all(self, change: _Change, tasks: Sequence[Task]) -> list[str]:
+        """Complete the tasks whose lease holds; return the ids of the others."""
+        ids = [task.id for task in tasks]
+        lease_ids = [task.lease_id for task in tasks]
+        if self._retention or len(tasks) > 1:
+            rows = change.rows(
+                KEEP_COMPLETED if self._retention else DELETE_COMPLETED,
+                ids=_to_json(ids),
+                lease_ids=_to_json(lease_ids),
+                keep_until=change.now + self._retention,
+            )
+        else:
+            rows = change.rows(DELETE_COMPLETED_ONE, id=ids[0], lease_id=lease_ids[0])
         done = {task_id for (task_id,) in rows}
         for task in tasks:
             if task.id in done:
-                notes.append(self._note_of(EventType.COMPLETED, task))
-        return done
-
-    @staticmethod
-    def _note_of(
-        kind: EventType, task: Task, message: str = "", **details: Any
-    ) -> _Note:
-        details["attempt"] = task.attempt
-        return _Note(kind, task.id, task.queue, task.worker, message, details)
+                change.note_run(EventType.COMPLETED, task)
+        return [task_id for task_id in ids if task_id not in done]
 
     async def fail(
         self,
@@ -4884,45 +4872,34 @@ class AsyncSQLiteQueue(_AsyncStorage):
 
         Raises: `LeaseLostError` when the claim is no longer yours.
         """
+        return await self._fail(task, error, retry, delay, _no_change)
+
+    async def _fail(
+        self,
+        task: Task,
+        error: str | BaseException,
+        retry: bool,
+        delay: float | None,
+        at_last: Callable[[_Change], object],
+    ) -> TaskStatus:
+        """End an attempt as failed; if it was the last one, also do `at_last`."""
         _check_lease(task)
-        _check_number("delay", delay, optional=True)
+        _check_optional(delay=delay)
         text = _error_text(error)
         seconds = _retry_delay(task) if delay is None else delay
-        return await self._write(
-            lambda connection, notes, now: self._fail(
-                connection, task, text, notes, now, retry=retry, delay=seconds
-            ),
-            savepoint=False,
-        )
 
-    def _fail(
-        self,
-        connection: sqlite3.Connection,
-        task: Task,
-        error: str,
-        notes: list[_Note],
-        now: float,
-        *,
-        retry: bool,
-        delay: float,
-    ) -> TaskStatus:
-        parameters = {
-            "id": task.id,
-            "lease_id": task.lease_id,
-            "retry": bool(retry),
-            "run_at": now + delay,
-            "now": now,
-            "error": error,
-        }
-        rows = connection.execute(FAIL, parameters).fetchall()
-        if not rows:
-            raise LeaseLostError([task.id])
-        status = TaskStatus(rows[0][0])
-        if status is TaskStatus.FAILED:
-            notes.append(self._note_of(EventType.FAILED, task, error))
-        else:
-            notes.append(self._note_of(EventType.RETRY, task, error, delay=delay))
-        return status
+        def run(change: _Change) -> TaskStatus:
+            terms = {"retry": bool(retry), "run_at": change.now + seconds}
+            [found] = change.end(FAIL, task, error=text, **terms)
+            status = TaskStatus(found)
+            if status is TaskStatus.FAILED:
+                change.note_run(EventType.FAILED, task, text)
+                at_last(change)
+            else:
+                change.note_run(EventType.RETRY, task, text, delay=seconds)
+            return status
+
+        return await self._write(run, savepoint=False)
 
     async def release(self, task: Task, *, delay: float = 0.0) -> None:
         """Give a task back for `delay` seconds; the attempt is not counted.
@@ -4930,14 +4907,12 @@ class AsyncSQLiteQueue(_AsyncStorage):
         Raises: `LeaseLostError` when the claim is no longer yours.
         """
         _check_lease(task)
-        _check_number("delay", delay)
+        _check_values(delay=delay)
 
-        def run(connection: sqlite3.Connection, notes: list[_Note], now: float) -> None:
-            run_at = now + delay if delay > 0 else None
-            parameters = {"id": task.id, "lease_id": task.lease_id, "run_at": run_at}
-            if not connection.execute(RELEASE, parameters).fetchall():
-                raise LeaseLostError([task.id])
-            notes.append(self._note_of(EventType.RELEASED, task))
+        def run(change: _Change) -> None:
+            run_at = change.now + delay if delay > 0 else None
+            change.end(RELEASE, task, run_at=run_at)
+            change.note_run(EventType.RELEASED, task)
 
         await self._write(run, flush=False, savepoint=False)
 
@@ -4951,40 +4926,32 @@ class AsyncSQLiteQueue(_AsyncStorage):
         Raises: `LeaseLostError` when the claim is no longer yours: stop working.
         """
         _check_lease(task)
-        _check_number("lease", lease, minimum=0.001)
-        text = None
+        _check_values(lease=lease)
+        kept, text = task.progress, None
         if progress is not None:
-            text = _dump(self._serializer, "progress", progress)
+            kept, text = progress, _dump(self._serializer, "progress", progress)
         seen = task.worker is not None and self._note_is_due(task.worker)
 
-        def run(connection: sqlite3.Connection, _: list[_Note], now: float) -> float:
-            parameters = {
-                "id": task.id,
-                "lease_id": task.lease_id,
-                "lease_until": now + lease,
-                "progress": text,
-            }
-            if not connection.execute(EXTEND, parameters).fetchall():
-                raise LeaseLostError([task.id])
+        def run(change: _Change) -> float:
+            until = change.now + lease
+            change.end(EXTEND, task, lease_until=until, progress=text)
             if seen:
-                connection.execute(TOUCH_WORKER, {"name": task.worker, "now": now})
-            return now + lease
+                change.rows(TOUCH_WORKER, name=task.worker)
+            return until
 
-        until = _from_unix(await self._write(run, flush=False, savepoint=False))
-        kept = task.progress if progress is None else progress
-        return replace(task, lease_until=until, progress=kept)
+        until = await self._write(run, flush=False, savepoint=False)
+        return replace(task, lease_until=_from_unix(until), progress=kept)
 
     async def reclaim(self, worker: str) -> int:
         """End the leases of a worker that is gone; return how many there were.
 
         Its tasks can be claimed at once, with the attempt counted.
         """
-        _check_text("worker", worker)
+        _check_values(worker=worker)
 
-        def run(connection: sqlite3.Connection, notes: list[_Note], now: float) -> int:
-            rows = connection.execute(END_LEASES, {"worker": worker}).fetchall()
-            connection.execute(DELETE_WORKER, {"name": worker})
-            return _settle(connection.execute, [seq for (seq,) in rows], now, notes)
+        def run(change: _Change) -> int:
+            change.rows(DELETE_WORKER, name=worker)
+            return _settle(change, change.rows(END_LEASES, worker=worker))
 
         self._noted.pop(worker, None)
         return await self._write(run)
@@ -4997,13 +4964,8 @@ class AsyncSQLiteQueue(_AsyncStorage):
         Scheduled or pending, it never runs. Running, its next `extend` or
         `complete` raises `LeaseLostError`; its key is free at once.
         """
-        _check(isinstance(task_id, str), "task_id", "a string", task_id)
-
-        def run(connection: sqlite3.Connection, notes: list[_Note], now: float) -> bool:
-            parameters = {"id": _clean_text(task_id), "now": now}
-            return _note_rows(connection, CANCEL, parameters, "cancelled", notes) > 0
-
-        return await self._write(run)
+        wanted = _wanted_id(task_id)
+        return await self._write(lambda change: _cancel(change, CANCEL, id=wanted) > 0)
 
     async def cancel_all(
         self,
@@ -5013,15 +4975,9 @@ class AsyncSQLiteQueue(_AsyncStorage):
         status: str | None = None,
     ) -> int:
         """Cancel every live task that matches; return how many. One transaction."""
-        _check_filters(queue, func)
-        _check_choice("status", status, TaskStatus)
-        chosen = {"queue": queue, "func": func, "status": status}
-
-        def run(connection: sqlite3.Connection, notes: list[_Note], now: float) -> int:
-            parameters = chosen | {"now": now}
-            return _note_rows(connection, CANCEL_ALL, parameters, "cancelled", notes)
-
-        return await self._write(run)
+        filters = {"queue": queue, "func": func, "status": status}
+        _check_optional(**filters)
+        return await self._write(lambda change: _cancel(change, CANCEL_ALL, **filters))
 
     async def retry(self, task_id: str) -> bool:
         """Let a failed, cancelled or expired task run again; return whether it does.
@@ -5030,12 +4986,8 @@ class AsyncSQLiteQueue(_AsyncStorage):
 
         Raises: `DuplicateTaskError` while another task holds its key.
         """
-        _check(isinstance(task_id, str), "task_id", "a string", task_id)
-        return await self._write(
-            lambda connection, notes, now: _retry(
-                connection, _clean_text(task_id), notes, now
-            )
-        )
+        wanted = _wanted_id(task_id)
+        return await self._write(lambda change: _retry(change, wanted))
 
     async def retry_all(
         self, *, queue: str | None = None, func: str | None = None
@@ -5044,36 +4996,27 @@ class AsyncSQLiteQueue(_AsyncStorage):
 
         Completed ones do not, nor those whose key is held. One transaction.
         """
-        _check_filters(queue, func)
-        chosen = {"queue": queue, "func": func}
+        filters = {"queue": queue, "func": func}
+        _check_optional(**filters)
 
-        def run(connection: sqlite3.Connection, notes: list[_Note], now: float) -> int:
-            rows = connection.execute(SELECT_ALL_RETRYABLE, chosen).fetchall()
+        def run(change: _Change) -> int:
             count = 0
-            for (task_id,) in rows:
+            for (task_id,) in change.rows(SELECT_ALL_RETRYABLE, **filters):
                 with contextlib.suppress(DuplicateTaskError):
-                    count += _retry(connection, task_id, notes, now)
+                    count += _retry(change, task_id)
             return count
 
         return await self._write(run)
 
     async def pause(self, queue: str) -> None:
         """Let a queue hand out nothing, in every process, until `resume()`."""
-        _check_text("queue", queue)
-
-        def run(connection: sqlite3.Connection, _: list[_Note], now: float) -> None:
-            connection.execute(INSERT_PAUSE, {"queue": queue, "now": now})
-
-        await self._write(run)
+        _check_values(queue=queue)
+        await self._write(lambda change: change.rows(INSERT_PAUSE, queue=queue))
 
     async def resume(self, queue: str) -> None:
         """Let a paused queue hand out tasks again."""
-        _check_text("queue", queue)
-
-        def run(connection: sqlite3.Connection, _: list[_Note], now: float) -> None:
-            connection.execute(DELETE_PAUSE, {"queue": queue})
-
-        await self._write(run)
+        _check_values(queue=queue)
+        await self._write(lambda change: change.rows(DELETE_PAUSE, queue=queue))
 
     async def purge(
         self,
@@ -5086,24 +5029,19 @@ class AsyncSQLiteQueue(_AsyncStorage):
 
         `older_than`: seconds since the end. One transaction.
         """
-        _check_filters(queue, None)
-        _check_choice("status", status, TaskStatus)
-        _check_number("older_than", older_than, optional=True)
-
-        def run(connection: sqlite3.Connection, _: list[_Note], now: float) -> int:
-            before = None if older_than is None else now - older_than
-            parameters = {"queue": queue, "status": status, "before": before}
-            return len(connection.execute(PURGE_TASKS, parameters).fetchall())
-
-        return await self._write(run)
+        _check_optional(queue=queue, status=status, older_than=older_than)
+        before = None if older_than is None else self._clock() - older_than
+        filters = {"queue": queue, "status": status, "before": before}
+        return await self._write(
+            lambda change: len(change.rows(PURGE_TASKS, **filters))
+        )
 
     # -- Reads --
 
     async def get_task(self, task_id: str) -> Task | None:
         """Return a task as it stands, or `None`."""
-        _check(isinstance(task_id, str), "task_id", "a string", task_id)
-        rows = await self._rows(SELECT_TASK, {"id": _clean_text(task_id)})
-        return _task_from_row(rows[0], self._serializer) if rows else None
+        rows = await self._rows(SELECT_TASK, id=_wanted_id(task_id))
+        return next(iter(_read("task", _task_of, rows, self._serializer)), None)
 
     async def list_tasks(
         self,
@@ -5120,30 +5058,20 @@ class AsyncSQLiteQueue(_AsyncStorage):
         Status as stored: what time has changed shows after the next claim or
         `cleanup()`.
         """
-        _check_filters(queue, func)
-        _check_choice("status", status, TaskStatus)
-        _check_text("unique_key", unique_key, optional=True)
-        _check_integer("limit", limit)
-        _check_integer("offset", offset)
-        parameters = {
-            "queue": queue,
-            "status": status,
-            "func": func,
-            "unique_key": unique_key,
-            "limit": limit,
-            "offset": offset,
-        }
-        rows = await self._rows(SELECT_TASKS, parameters)
-        return [_task_from_row(row, self._serializer) for row in rows]
+        filters = {"queue": queue, "status": status, "func": func}
+        filters["unique_key"] = unique_key
+        _check_optional(**filters)
+        _check_values(limit=limit, offset=offset)
+        rows = await self._rows(SELECT_TASKS, **filters, limit=limit, offset=offset)
+        return _read("task", _task_of, rows, self._serializer)
 
     async def count_tasks(
         self, *, queue: str | None = None, status: str | None = None
     ) -> int:
         """Return how many tasks match."""
-        _check_filters(queue, None)
-        _check_choice("status", status, TaskStatus)
-        rows = await self._rows(COUNT_TASKS, {"queue": queue, "status": status})
-        return int(rows[0][0])
+        _check_optional(queue=queue, status=status)
+        [(count,)] = await self._rows(COUNT_TASKS, queue=queue, status=status)
+        return int(count)
 
     async def stats(self) -> list[QueueStats]:
         """Return the number of tasks in each status, for each queue by name."""
@@ -5153,106 +5081,60 @@ class AsyncSQLiteQueue(_AsyncStorage):
             return counts, connection.execute(SELECT_PAUSES).fetchall()
 
         counts, pauses = await self._gateway.read(fetch)
-        return _stats_from_rows(counts, {name for (name,) in pauses})
+        found: dict[str, dict[str, Any]] = {
+            name: {"paused": True} for (name,) in pauses
+        }
+        for name, status, count, oldest in counts:
+            values = found.setdefault(name, {})
+            values[status] = count
+            if status == "pending":
+                values["oldest_pending_at"] = _from_unix(oldest)
+        return [QueueStats(name, **values) for name, values in sorted(found.items())]
 
     async def list_queues(self) -> list[str]:
         """Return the names of the queues that hold tasks or are paused."""
-        return [name for (name,) in await self._rows(SELECT_QUEUES, {})]
+        return [name for (name,) in await self._rows(SELECT_QUEUES)]
 
     async def list_workers(self) -> list[WorkerInfo]:
         """Return the consumers that gave a name to `dequeue`, as last seen."""
-        return [
-            WorkerInfo(
-                name,
-                host,
-                pid,
-                tuple(json.loads(queues)),
-                cast(datetime, _from_unix(started_at)),
-                cast(datetime, _from_unix(seen_at)),
-                running,
-            )
-            for name, host, pid, queues, started_at, seen_at, running in (
-                await self._rows(SELECT_WORKERS, {})
-            )
-        ]
+        return _read("worker", _worker_of, await self._rows(SELECT_WORKERS), _JSON)
 
     # -- Upkeep, for the backend --
 
     async def _clean_up(self) -> dict[str, int]:
         """Settle what is due, delete what was kept long enough; in small steps."""
         settled = 0
-        for (name,) in await self._rows(SELECT_DUE_QUEUES, {"now": self._clock()}):
+        for (name,) in await self._rows(SELECT_DUE_QUEUES, now=self._clock()):
             settled += await self._settle_queue(name)
-        deleted = 0
-        while True:
-            count = await self._write(_delete_kept)
-            deleted += count
-            if count < _SETTLE_LIMIT:
-                return {"settled": settled, "tasks": deleted}
+        deleted = await _in_steps(_SETTLE_LIMIT, partial(self._write, _delete_kept))
+        return {"settled": settled, "tasks": deleted}
 
     async def _settle_queue(self, name: str) -> int:
-        def run(connection: sqlite3.Connection, notes: list[_Note], now: float) -> int:
-            parameters = {"queue": name, "now": now, "limit": _SETTLE_LIMIT}
-            rows = connection.execute(SELECT_DUE, parameters).fetchall()
-            return _settle(connection.execute, [seq for (seq,) in rows], now, notes)
+        def settle(change: _Change) -> int:
+            return _settle_due(change, name)
 
-        settled = 0
-        while True:
-            count = await self._write(run)
-            settled += count
-            if count < _SETTLE_LIMIT:
-                return settled
+        return await _in_steps(_SETTLE_LIMIT, partial(self._write, settle))
 
 
-def _delete_kept(connection: sqlite3.Connection, _: list[_Note], now: float) -> int:
-    before = {"before": now - _FORGET_WORKER_AFTER}
-    connection.execute(DELETE_OLD_WORKERS, before)
-    parameters = {"now": now, "limit": _SETTLE_LIMIT}
-    return len(connection.execute(DELETE_KEPT, parameters).fetchall())
+def _delete_kept(change: _Change) -> int:
+    change.rows(DELETE_OLD_WORKERS, before=change.now - _FORGET_WORKER_AFTER)
+    return len(change.rows(DELETE_KEPT, limit=_SETTLE_LIMIT))
 
 
-def _check_filters(queue: str | None, func: str | None) -> None:
-    _check_text("queue", queue, optional=True)
-    _check_text("func", func, optional=True)
+def _no_change(_: _Change) -> None:
+    """Do nothing more."""
 
 
-def _note_rows(
-    connection: sqlite3.Connection,
-    statement: str,
-    parameters: Mapping[str, Any],
-    kind: str,
-    notes: list[_Note],
-) -> int:
-    """Execute a statement that returns (id, queue) and note each; count them."""
-    rows = connection.execute(statement, parameters).fetchall()
-    notes += [_Note(EventType(kind), task_id, queue) for task_id, queue in rows]
-    return len(rows)
+def _worker_of(row: Row, serializer: Serializer) -> WorkerInfo:
+    name, host, pid, queues, started_at, seen_at, running = row
+    names = tuple(_load(serializer, "queues", queues))
+    start, seen = (datetime.fromtimestamp(at, UTC) for at in (started_at, seen_at))
+    return WorkerInfo(name, host, pid, names, start, seen, running)
 
 
-def _retry(
-    connection: sqlite3.Connection, task_id: str, notes: list[_Note], now: float
-) -> bool:
-    rows = connection.execute(SELECT_RETRYABLE, {"id": task_id}).fetchall()
-    if not rows:
-        return False
-    [(queue, unique_key)] = rows
-    if _key_holder(connection.execute, queue, unique_key, now, notes) is not None:
-        raise DuplicateTaskError(task_id, unique_key)
-    parameters = {"id": task_id, "now": now}
-    return _note_rows(connection, RETRY, parameters, "retry", notes) > 0
-
-
-def _stats_from_rows(counts: Sequence[Row], paused: set[str]) -> list[QueueStats]:
-    found: dict[str, dict[str, Any]] = {name: {} for name in paused}
-    for name, status, count, oldest in counts:
-        values = found.setdefault(name, {})
-        values[status] = count
-        if status == "pending":
-            values["oldest_pending_at"] = _from_unix(oldest)
-    return [
-        QueueStats(name, paused=name in paused, **values)
-        for name, values in sorted(found.items())
-    ]
+def _event_of_note(note: Mapping[str, Any]) -> TaskEvent:
+    values = {"at": _from_unix(note["at"]), "details": json.loads(note["details"])}
+    return TaskEvent(**{**note, **values})
 
 
 # -- The caller's own connection --
@@ -5264,7 +5146,7 @@ def _foreign_cursor(
     """Return a cursor on the caller's connection, which must be to our file."""
     if not isinstance(connection, sqlite3.Connection):
         raise TypeError(
-            "connection must be a sqlite3.Connection, not " + type(connection).__name__
+            f"connection must be a sqlite3.Connection, not {type(connection).__name__}"
         )
     try:
         cursor = _plain_cursor(connection)
@@ -5299,29 +5181,35 @@ def _is_same_file(file: str, path: str) -> bool:
         return False
 
 
-def _begin_foreign(connection: sqlite3.Connection, cursor: sqlite3.Cursor) -> bool:
-    """See that a transaction is open; return whether this call began it."""
-    if connection.in_transaction:
-        return False
-    legacy = getattr(connection, "autocommit", -1) == -1  # Python 3.12 has it
-    if not legacy or connection.isolation_level is None:
-        raise ValueError(
-            "connection is in autocommit mode without a transaction; begin one first"
-        )
-    cursor.execute("BEGIN IMMEDIATE")
-    return True
-
-
-def _translate_foreign(error: sqlite3.Error, database: _Database) -> BaseException:
-    if _is_busy(error):
-        detail = "roll your transaction back and begin it again with BEGIN IMMEDIATE"
-        return DatabaseBusyError(database.path, 0.0, detail)
-    return database.translate(error)
+@contextlib.contextmanager
+def _foreign_transaction(
+    connection: sqlite3.Connection, cursor: sqlite3.Cursor
+) -> Generator[None]:
+    """See that a transaction is open; one that was begun here ends with an error."""
+    began = not connection.in_transaction
+    if began:
+        legacy = getattr(connection, "autocommit", -1) == -1  # Python 3.12 has it
+        if not legacy or connection.isolation_level is None:
+            raise ValueError(
+                "connection is in autocommit mode without a transaction; begin one"
+            )
+        cursor.execute("BEGIN IMMEDIATE")
+    try:
+        if _has_wal_reset_bug(sqlite3.sqlite_version_info):
+            cursor.execute("PRAGMA main.wal_autocheckpoint = 0").fetchall()
+        yield
+    except BaseException:
+        if began and connection.in_transaction:
+            cursor.execute("ROLLBACK")
+        raise
 
 
 # =============================================================================
 # Results
 # =============================================================================
+
+
+_MAX_TRACEBACK_LENGTH = 50_000  # characters
 
 
 def _result_parameters(
@@ -5330,58 +5218,50 @@ def _result_parameters(
     """Return the parameters of `UPSERT_RESULT`."""
     if not isinstance(result, TaskResult):
         raise TypeError(f"result must be a TaskResult, not {type(result).__name__}")
-    kept = ttl is not None and math.isfinite(ttl)
+    trace = result.traceback
     return {
         "task_id": result.task_id,
-        "status": result.status,
+        "status": result.status.value,
         "value": _dump(serializer, "value", result.value),
-        "error": None if result.error is None else _clean_text(result.error),
-        "error_type": None
-        if result.error_type is None
-        else _clean_text(result.error_type, 1_000),
-        "traceback": None
-        if result.traceback is None
-        else _clean_text(result.traceback, _MAX_TRACEBACK_LENGTH),
+        "error": result.error and _clean_text(result.error),
+        "error_type": result.error_type and _clean_text(result.error_type, 1_000),
+        "traceback": trace and _clean_text(trace, _MAX_TRACEBACK_LENGTH),
         "started_at": _to_unix(result.started_at),
         "finished_at": _to_unix(result.finished_at),
         "worker": result.worker,
         "attempt": result.attempt,
         "claim": result.claim,
-        "metadata": _dump(serializer, "metadata", dict(result.metadata)),
+        "metadata": _dump_mapping(serializer, "metadata", result.metadata),
         "stored_at": now,
-        "expires_at": now + ttl if kept and ttl is not None else None,
+        "expires_at": None if ttl is None or ttl == math.inf else now + ttl,
     }
 
 
-_MAX_TRACEBACK_LENGTH = 50_000  # characters
-
-
-def _result_from_row(row: Row, serializer: Serializer) -> TaskResult:
-    where = f"result of task {row[0]}: "
-    try:
-        return TaskResult(
-            row[0],
-            ResultStatus(row[1]),
-            _load(serializer, where + "value", row[2]),
-            error=row[3],
-            error_type=row[4],
-            traceback=row[5],
-            started_at=_from_unix(row[6]),
-            finished_at=_from_unix(row[7]),
-            worker=row[8],
-            attempt=row[9],
-            metadata=_load(serializer, where + "metadata", row[10]),
-            claim=row[11],
-        )
-    except (TypeError, ValueError, OverflowError, OSError) as problem:
-        if isinstance(problem, SerializationError):
-            raise
-        raise SerializationError(where.rstrip(": "), str(problem)) from problem
+def _result_of(row: Row, serializer: Serializer) -> TaskResult:
+    """Build a `TaskResult` from the columns of the selects."""
+    (
+        task_id, status, value, error, error_type, trace, started_at, finished_at,
+        worker, attempt, metadata, claim,
+    ) = row  # fmt: skip
+    return TaskResult(
+        task_id,
+        status,
+        _load(serializer, "value", value),
+        error,
+        error_type,
+        trace,
+        _from_unix(started_at),
+        _from_unix(finished_at),
+        worker,
+        attempt,
+        _load_mapping(serializer, "metadata", metadata),
+        claim,
+    )
 
 
 def _check_ttl(ttl: float | None) -> None:
     if ttl != math.inf:
-        _check_number("ttl", ttl, optional=True)
+        _check_optional(ttl=ttl)
 
 
 class AsyncSQLiteResultStorage(_AsyncStorage):
@@ -5433,28 +5313,20 @@ class AsyncSQLiteResultStorage(_AsyncStorage):
             await self._store(rows)
 
     async def _store(self, rows: Sequence[dict[str, Any]]) -> None:
-        def run(connection: sqlite3.Connection) -> None:
-            connection.executemany(UPSERT_RESULT, rows)
-
-        await self._gateway.write(_Operation(run))
+        await self._gateway.write(
+            _Operation(lambda connection: connection.executemany(UPSERT_RESULT, rows))
+        )
 
     async def get(self, task_id: str) -> TaskResult | None:
         """Return the result of a task, or `None`; it stays there."""
-        _check(isinstance(task_id, str), "task_id", "a string", task_id)
-        return (await self.get_many([task_id])).get(task_id)
+        return (await self.get_many([_wanted_id(task_id)])).get(task_id)
 
     async def get_many(self, ids: Iterable[str]) -> dict[str, TaskResult]:
         """Return the results that there are, by task id."""
-        wanted = [i for i in ids if isinstance(i, str) and _storable(i)]
-        if not wanted:
-            return {}
-        parameters = {"ids": _to_json(wanted), "now": self._clock()}
-
-        def fetch(connection: sqlite3.Connection) -> list[Row]:
-            return connection.execute(SELECT_RESULTS_BY_ID, parameters).fetchall()
-
-        rows = await self._gateway.read(fetch)
-        return {row[0]: _result_from_row(row, self._serializer) for row in rows}
+        wanted = _to_json([i for i in ids if isinstance(i, str) and _storable(i)])
+        rows = await self._rows(SELECT_RESULTS_BY_ID, ids=wanted, now=self._clock())
+        results = _read("result of task", _result_of, rows, self._serializer)
+        return {result.task_id: result for result in results}
 
     async def wait(self, task_id: str, *, timeout: float | None = None) -> TaskResult:
         """Return the result of a task once it is there.
@@ -5463,22 +5335,17 @@ class AsyncSQLiteResultStorage(_AsyncStorage):
 
         Raises: `TimeoutError`.
         """
-        _check_number("timeout", timeout, optional=True)
-        limit = None if timeout is None else time.monotonic() + timeout
+        _check_optional(timeout=timeout)
+        deadline = _deadline(timeout)
         while True:
             seen = self._gateway.database.watch.generation
-            result = await self.get(task_id)
-            if result is not None:
+            if (result := await self.get(task_id)) is not None:
                 return result
-            left = None if limit is None else limit - time.monotonic()
-            if left is not None and left <= 0:
-                raise TimeoutError(f"no result of task {task_id!r} after {timeout} s")
-            await self._gateway.wait(seen, left)
+            await self._wait(seen, _time_left(deadline, task_id, timeout))
 
     async def delete(self, task_id: str) -> bool:
         """Delete the result of a task; return whether there was one."""
-        _check(isinstance(task_id, str), "task_id", "a string", task_id)
-        parameters = {"task_id": _clean_text(task_id)}
+        parameters = {"task_id": _wanted_id(task_id)}
         now = self._clock()
 
         def run(connection: sqlite3.Connection) -> bool:
@@ -5491,57 +5358,32 @@ class AsyncSQLiteResultStorage(_AsyncStorage):
         self, *, status: str | None = None, limit: int = 100, offset: int = 0
     ) -> list[TaskResult]:
         """Return results in the order in which their tasks first ended."""
-        _check_choice("status", status, ResultStatus)
-        _check_integer("limit", limit)
-        _check_integer("offset", offset)
-        parameters = {
-            "status": status,
-            "limit": limit,
-            "offset": offset,
-            "now": self._clock(),
-        }
-
-        def fetch(connection: sqlite3.Connection) -> list[Row]:
-            return connection.execute(SELECT_RESULTS, parameters).fetchall()
-
-        rows = await self._gateway.read(fetch)
-        return [_result_from_row(row, self._serializer) for row in rows]
+        rule, holds = _RULES["TaskResult.status"]
+        _check(status is None or holds(status), "status", rule + " or None", status)
+        _check_values(limit=limit, offset=offset)
+        page = {"limit": limit, "offset": offset, "now": self._clock()}
+        rows = await self._rows(SELECT_RESULTS, status=status, **page)
+        return _read("result of task", _result_of, rows, self._serializer)
 
     async def purge(self, *, older_than: float | None = None) -> int:
         """Delete expired results, or also those older; return how many.
 
         `older_than`: seconds since they were stored.
         """
-        _check_number("older_than", older_than, optional=True)
+        _check_optional(older_than=older_than)
         now = self._clock()
         if older_than is None:
-            return await _in_steps(self._gateway, PURGE_EXPIRED_RESULTS, {"now": now})
-        parameters = {"now": now, "before": now - older_than}
-
-        def run(connection: sqlite3.Connection) -> int:
-            return len(connection.execute(PURGE_OLD_RESULTS, parameters).fetchall())
-
-        return await self._gateway.write(_Operation(run))
+            return await self._delete_in_steps(PURGE_EXPIRED_RESULTS, now=now)
+        times = {"now": now, "before": now - older_than}
+        return await self._delete(PURGE_OLD_RESULTS, **times)
 
 
-_STEP_LIMIT = 1_000  # rows that upkeep deletes in one transaction
-
-
-async def _in_steps(
-    gateway: _Gateway, statement: str, parameters: Mapping[str, Any]
-) -> int:
-    """Delete in transactions of bounded size, so that nobody waits for long."""
-
-    def run(connection: sqlite3.Connection) -> int:
-        limited = {**parameters, "limit": _STEP_LIMIT}
-        return len(connection.execute(statement, limited).fetchall())
-
-    deleted = 0
-    while True:
-        count = await gateway.write(_Operation(run))
-        deleted += count
-        if count < _STEP_LIMIT:
-            return deleted
+def _time_left(deadline: float, task_id: str, timeout: float | None) -> float:
+    """Return for how long a result may still be waited for."""
+    left = deadline - time.monotonic()
+    if left <= 0:
+        raise TimeoutError(f"no result of task {task_id!r} after {timeout} s")
+    return left
 
 
 # =============================================================================
@@ -5555,36 +5397,24 @@ def _event_parameters(event: TaskEvent, serializer: Serializer) -> dict[str, Any
     """Return the parameters of `INSERT_EVENT`."""
     if not isinstance(event, TaskEvent):
         raise TypeError(f"event must be a TaskEvent, not {type(event).__name__}")
-    details = dict(event.details)
     return {
         "at": _to_unix(event.at),
-        "type": event.type,
+        "type": str(event.type),
         "task_id": event.task_id,
         "queue": event.queue,
         "worker": event.worker,
         "message": _clean_text(event.message),
-        "details": _dump(serializer, "details", details) if details else "{}",
+        "details": _dump_mapping(serializer, "details", event.details),
     }
 
 
-def _event_from_row(row: Row, serializer: Serializer) -> TaskEvent:
+def _event_of(row: Row, serializer: Serializer) -> TaskEvent:
     event_id, at, kind, task_id, queue, worker, message, details = row
-    where = f"event {event_id}: details"
-    try:
-        return TaskEvent(
-            kind,
-            task_id,
-            queue,
-            message,
-            {} if details == "{}" else _load(serializer, where, details),
-            worker,
-            cast(datetime, _from_unix(at)),
-            str(event_id),
-        )
-    except (TypeError, ValueError, OverflowError, OSError) as problem:
-        if isinstance(problem, SerializationError):
-            raise
-        raise SerializationError(f"event {event_id}", str(problem)) from problem
+    details = _load_mapping(serializer, "details", details)
+    when = cast(datetime, _from_unix(at))
+    return TaskEvent(
+        kind, task_id, queue, message, details, worker, when, str(event_id)
+    )
 
 
 def _cursor_number(after: str | None) -> int:
@@ -5597,29 +5427,15 @@ def _cursor_number(after: str | None) -> int:
 
 
 def _event_filter(
-    *,
-    task_id: str | None,
-    queue: str | None,
-    type: str | None,
-    since: datetime | None,
-    until: datetime | None,
-    after: str | None,
+    after: str | None, since: datetime | None, until: datetime | None, **others: Any
 ) -> tuple[str, dict[str, Any]]:
     """Return the way to find these events, and its parameters."""
-    for name, value in (("task_id", task_id), ("queue", queue), ("type", type)):
-        _check_text(name, value, optional=True)
-    _check_instant("since", since)
-    _check_instant("until", until)
+    _check_optional(since=since, until=until, **others)
+    times = {"since": _to_unix(since), "until": _to_unix(until)}
     way = "time" if since is not None else "id"
-    parameters = {
-        "task_id": task_id,
-        "queue": queue,
-        "type": type,
-        "since": _to_unix(since),
-        "until": _to_unix(until),
-        "after": _cursor_number(after),
-    }
-    return ("task" if task_id is not None else way), parameters
+    if others["task_id"] is not None:
+        way = "task"
+    return way, {"after": _cursor_number(after), **times, **others}
 
 
 class AsyncSQLiteEventStorage(_AsyncStorage):
@@ -5629,8 +5445,6 @@ class AsyncSQLiteEventStorage(_AsyncStorage):
     `cleanup()` deletes older ones. The other parameters are those of
     `AsyncSQLiteQueue`. Pass it as `events=` to a queue that shall log.
     """
-
-    _component = "events"
 
     def __init__(
         self,
@@ -5649,7 +5463,7 @@ class AsyncSQLiteEventStorage(_AsyncStorage):
 
     def _set_up(self, gateway: _Gateway, arguments: dict[str, Any]) -> None:
         super()._set_up(gateway, arguments)
-        _check_number("retention", arguments["retention"], optional=True)
+        _check_optional(retention=arguments["retention"])
 
     async def log(self, event: TaskEvent) -> None:
         """Add an event."""
@@ -5658,13 +5472,12 @@ class AsyncSQLiteEventStorage(_AsyncStorage):
     async def log_many(self, events: Iterable[TaskEvent]) -> None:
         """Add events in one transaction, all or nothing, in this order."""
         rows = [_event_parameters(event, self._serializer) for event in events]
-        if not rows:
-            return
-
-        def run(connection: sqlite3.Connection) -> None:
-            connection.executemany(INSERT_EVENT, rows)
-
-        await self._gateway.write(_Operation(run))
+        if rows:
+            await self._gateway.write(
+                _Operation(
+                    lambda connection: connection.executemany(INSERT_EVENT, rows)
+                )
+            )
 
     async def query(
         self,
@@ -5682,23 +5495,12 @@ class AsyncSQLiteEventStorage(_AsyncStorage):
 
         `since` is inclusive, `until` exclusive; `after`: the id of an event.
         """
-        _check_integer("limit", limit)
-        way, parameters = _event_filter(
-            task_id=task_id,
-            queue=queue,
-            type=type,
-            since=since,
-            until=until,
-            after=after,
-        )
+        _check_values(limit=limit)
+        others = {"task_id": task_id, "queue": queue, "type": type}
+        way, filters = _event_filter(after, since, until, **others)
         statement = SELECT_EVENTS[way, bool(newest_first)]
-        parameters["limit"] = limit
-
-        def fetch(connection: sqlite3.Connection) -> list[Row]:
-            return connection.execute(statement, parameters).fetchall()
-
-        rows = await self._gateway.read(fetch)
-        return [_event_from_row(row, self._serializer) for row in rows]
+        rows = await self._rows(statement, limit=limit, **filters)
+        return _read("event", _event_of, rows, self._serializer)
 
     async def count(
         self,
@@ -5711,20 +5513,10 @@ class AsyncSQLiteEventStorage(_AsyncStorage):
         after: str | None = None,
     ) -> int:
         """Return how many events match."""
-        way, parameters = _event_filter(
-            task_id=task_id,
-            queue=queue,
-            type=type,
-            since=since,
-            until=until,
-            after=after,
-        )
-
-        def fetch(connection: sqlite3.Connection) -> int:
-            rows = connection.execute(COUNT_EVENTS[way], parameters).fetchall()
-            return int(rows[0][0])
-
-        return await self._gateway.read(fetch)
+        others = {"task_id": task_id, "queue": queue, "type": type}
+        way, filters = _event_filter(after, since, until, **others)
+        [(count,)] = await self._rows(COUNT_EVENTS[way], **filters)
+        return int(count)
 
     def follow(self, *, after: str | None = None) -> AsyncEventFollower:
         """Return an iterator that waits for new events.
@@ -5739,9 +5531,9 @@ class AsyncSQLiteEventStorage(_AsyncStorage):
 
     async def purge(self, *, older_than: float) -> int:
         """Delete events older than so many seconds; return how many."""
-        _check_number("older_than", older_than)
+        _check_values(older_than=older_than)
         before = self._clock() - older_than
-        return await _in_steps(self._gateway, PURGE_EVENTS, {"before": before})
+        return await self._delete_in_steps(PURGE_EVENTS, before=before)
 
 
 def _last_event(connection: sqlite3.Connection) -> int:
@@ -6324,32 +6116,14 @@ _LARGE_WAL = 64 * 2**20  # bytes from which `check()` warns
 _WORKER_STALE_AFTER = 60.0  # seconds without a sign of life
 
 
-def _exception_result(
-    task: Task, error: BaseException, finished_at: datetime
-) -> TaskResult:
-    lines = traceback.format_exception(error)
-    return TaskResult(
-        task.id,
-        ResultStatus.ERROR,
-        error=_clean_text(_message_of(error)),
-        error_type=type(error).__name__,
-        traceback="".join(lines),
-        started_at=task.started_at,
-        finished_at=finished_at,
-        worker=task.worker,
-        attempt=task.attempt,
-        claim=task.claims,
-    )
-
-
 _RESULT_OF_STATUS = {
     TaskStatus.COMPLETED: (ResultStatus.SUCCESS, None, None),
-    TaskStatus.FAILED: (ResultStatus.ERROR, "", "TaskFailed"),
-    TaskStatus.CANCELLED: (ResultStatus.CANCELLED, "the task was cancelled", None),
+    TaskStatus.FAILED: (ResultStatus.ERROR, "TaskFailed", None),
+    TaskStatus.CANCELLED: (ResultStatus.CANCELLED, None, "the task was cancelled"),
     TaskStatus.EXPIRED: (
         ResultStatus.ERROR,
-        "the task expired before it was started",
         "TaskExpired",
+        "the task expired before it was started",
     ),
 }
 _STATUS_OF_RESULT = {
@@ -6359,36 +6133,48 @@ _STATUS_OF_RESULT = {
 }
 
 
-def _result_of_row(task: Task) -> TaskResult:
-    """Make the result of a task that ended without storing one."""
-    status, error, error_type = _RESULT_OF_STATUS[cast(TaskStatus, task.status)]
+def _result_of_run(
+    task: Task, status: ResultStatus, finished_at: datetime | None, **values: Any
+) -> TaskResult:
+    """Return the result of a task's present or last run."""
     return TaskResult(
         task.id,
         status,
-        error=error or task.error,
-        error_type=error_type,
         started_at=task.started_at,
-        finished_at=task.finished_at,
+        finished_at=finished_at,
         worker=task.worker,
         attempt=task.attempt,
         claim=task.claims,
+        **values,
     )
 
 
-def _is_result_of(stored: TaskResult, task: Task) -> bool:
-    """Tell whether a result is of the claim that ended a task, not of one before."""
+def _result_of_row(task: Task, stored: TaskResult | None) -> TaskResult:
+    """Return what was stored by the claim that ended a task, or make it from the row.
+
+    A result of a claim before does not count: the task was retried since.
+    """
     ended = task.status in (TaskStatus.COMPLETED, TaskStatus.FAILED)
-    return ended and (stored.claim is None or stored.claim >= task.claims)
+    if ended and stored and (stored.claim is None or stored.claim >= task.claims):
+        return stored
+    status, kind, error = _RESULT_OF_STATUS[cast(TaskStatus, task.status)]
+    terms = {"error": error or task.error, "error_type": kind}
+    return _result_of_run(task, status, task.finished_at, **terms)
 
 
-def _due_at(task: Task) -> float | None:
+def _due_at(task: Task) -> float:
     """Return when time changes a live task, as the file's `due_at`."""
-    if task.status is TaskStatus.RUNNING:
-        return _to_unix(task.lease_until)
     times = [task.expires_at]
-    if task.status is TaskStatus.SCHEDULED:
+    if task.status is TaskStatus.RUNNING:
+        times = [task.lease_until]
+    elif task.status is TaskStatus.SCHEDULED:
         times.append(task.run_at)
-    return min((t.timestamp() for t in times if t is not None), default=None)
+    return min((t.timestamp() for t in times if t is not None), default=math.inf)
+
+
+def _is_ready(part: object) -> bool:
+    """Tell whether a part is an object already, and not a place or nothing."""
+    return part is not None and not isinstance(part, (bool, str, os.PathLike))
 
 
 class AsyncSQLiteBackend(_AsyncStorage):
@@ -6426,16 +6212,15 @@ class AsyncSQLiteBackend(_AsyncStorage):
         here = [name for name, where in parts.items() if where is True]
         self._set_up(_new_gateway(path, arguments, *here), arguments)
         self._closable: list[_AsyncStorage] = []
-        life, kept = {"ttl": result_ttl}, {"retention": event_retention}
-        self._events: AsyncEventStorage | None = self._make(
-            AsyncSQLiteEventStorage, "events", events, self._options(**kept)
+        self._events: AsyncEventStorage | None = self._part(
+            AsyncSQLiteEventStorage, "events", events, retention=event_retention
         )
-        self._results: AsyncResultStorage | None = self._make(
-            AsyncSQLiteResultStorage, "results", results, self._options(**life)
+        self._results: AsyncResultStorage | None = self._part(
+            AsyncSQLiteResultStorage, "results", results, ttl=result_ttl
         )
-        options = self._options(retention=retention, events=self._events)
-        self._queue: AsyncTaskQueue = self._make(
-            AsyncSQLiteQueue, "queue", queue, options
+        terms = {"retention": retention, "events": self._events}
+        self._queue: AsyncTaskQueue = self._part(
+            AsyncSQLiteQueue, "queue", queue, **terms
         )
 
     # -- Parts --
@@ -6455,62 +6240,59 @@ class AsyncSQLiteBackend(_AsyncStorage):
         """The event storage, or `None`."""
         return cast("AsyncSQLiteEventStorage | None", self._events)
 
-    def _options(self, **more: Any) -> dict[str, Any]:
-        """Return the constructor's arguments that a part takes, too."""
-        names = (*_SHARED_OPTIONS, "serializer")
-        return {name: self._arguments[name] for name in names} | more
-
-    def _make(self, cls: Any, name: str, where: Any, options: dict[str, Any]) -> Any:
+    def _part(self, cls: Any, name: str, where: Any, **own: Any) -> Any:
         """Return a part: on our file, on a file of its own, or the object given."""
         if where is None or where is False:
             return None
+        if _is_ready(where):
+            return _check_part(where, name)
+        shared = (*_SHARED_OPTIONS, "serializer")
+        options = {name: self._arguments[name] for name in shared} | own
         if where is True:
             return cls._over(self._gateway, options)
-        if isinstance(where, (str, os.PathLike)):
-            self._closable.append(cls(where, **options))
-            return self._closable[-1]
-        return _check_part(where, name)
+        self._closable.append(cls(where, **options))
+        return self._closable[-1]
+
+    def _own_parts(self) -> list[_AsyncStorage]:
+        """Return the parts of this module's classes."""
+        parts: tuple[object, ...] = (self._queue, self._results, self._events)
+        return [part for part in parts if isinstance(part, _AsyncStorage)]
 
     def _use_directly(self) -> None:
         """Let a blocking twin drive this object and all its parts."""
-        database = self._gateway.database
-        self._gateway = _DirectGateway(database)
-        for part in self._parts():
-            if isinstance(part, _AsyncStorage):
-                shared = part._gateway.database is database
-                part._gateway = (
-                    self._gateway if shared else _DirectGateway(part._gateway.database)
-                )
+        for part in self._own_parts():
+            part._use_directly()
+        super()._use_directly()
 
-    def _use_loops(self) -> None:
-        """Let event loops use what `_use_directly` was called on, too."""
+    def _shared(self, *, in_loops: bool) -> AsyncSQLiteBackend:
+        """Return a backend on the same connections, which closes none of them.
+
+        `in_loops`: for event loops, where this one is driven directly.
+        """
+        shared = _share(self)
         gateways: dict[int, _Gateway] = {}
-
-        def in_loops(gateway: _Gateway) -> _Gateway:
-            database = gateway.database
-            return gateways.setdefault(id(database), _AsyncGateway(database))
-
-        self._gateway = in_loops(self._gateway)
-        for name in ("_queue", "_results", "_events"):
-            part = getattr(self, name)
-            if isinstance(part, _AsyncStorage):
-                shared = _share(part)
-                shared._gateway = in_loops(part._gateway)
-                setattr(self, name, shared)
-
-    def _parts(self) -> tuple[object, ...]:
-        return self._queue, self._results, self._events
+        for name, part in vars(self).items():
+            if in_loops and isinstance(part, _AsyncStorage):
+                database = part._gateway.database
+                new = gateways.setdefault(id(database), _AsyncGateway(database))
+                setattr(shared, name, _share(part))
+                getattr(shared, name)._gateway = new
+        if in_loops:
+            database = self._gateway.database
+            shared._gateway = gateways.get(id(database)) or _AsyncGateway(database)
+        return shared
 
     def _shares_file(self) -> bool:
         """Tell whether queue and results are committed together."""
-        return (
-            isinstance(self._queue, AsyncSQLiteQueue)
-            and isinstance(self._results, AsyncSQLiteResultStorage)
-            and self._queue._gateway.database is self._results._gateway.database
-        )
+        databases = [
+            part._gateway.database
+            for part in (self._queue, self._results)
+            if isinstance(part, (AsyncSQLiteQueue, AsyncSQLiteResultStorage))
+        ]
+        return len(databases) == 2 and databases[0] is databases[1]
 
     def _now(self) -> datetime:
-        return cast(datetime, _from_unix(self._gateway.database.options.clock()))
+        return cast(datetime, _from_unix(self._clock()))
 
     # -- Making one --
 
@@ -6585,60 +6367,41 @@ class AsyncSQLiteBackend(_AsyncStorage):
         """
         _check_lease(task)
         followers = [_check_task(follower, "enqueue") for follower in enqueue]
-        result = TaskResult(
-            task.id,
-            ResultStatus.SUCCESS,
-            value,
-            started_at=task.started_at,
-            finished_at=self._now(),
-            worker=task.worker,
-            attempt=task.attempt,
-            claim=task.claims,
-        )
-        if not self._shares_file():
-            await self._store_elsewhere(task, result)
-        if isinstance(self._queue, AsyncSQLiteQueue):
-            await self._complete_here(self._queue, task, result, followers)
-        else:
-            await self._queue.complete(task)
+        success = _result_of_run(task, ResultStatus.SUCCESS, self._now(), value=value)
+        store = await self._prepare_to_store(task, success)
+        queue = self._queue
+        if not isinstance(queue, AsyncSQLiteQueue):
+            await queue.complete(task)
             if followers:
-                await self._queue.enqueue_many(followers)
+                await queue.enqueue_many(followers)
+            return
+        rows = [queue._row_of(follower) for follower in followers]
 
-    async def _complete_here(
-        self,
-        queue: AsyncSQLiteQueue,
-        task: Task,
-        result: TaskResult,
-        followers: Sequence[Task],
-    ) -> None:
-        store = self._store_in_commit(result)
-        rows = queue._rows_of(followers, 0.0)
-
-        def run(connection: sqlite3.Connection, notes: list[_Note], now: float) -> None:
-            queue._complete(connection, task, notes, now)
-            store(connection)
-            if rows:
-                _insert_many(connection.cursor(), rows, now, notes)
+        def run(change: _Change) -> None:
+            queue._complete(change, task)
+            store(change)
+            _insert_many(change, rows)
 
         await queue._write(run, savepoint=bool(rows))
 
-    def _store_in_commit(
-        self, result: TaskResult
-    ) -> Callable[[sqlite3.Connection], object]:
-        """Return what stores a result inside the queue's transaction, if it can."""
-        if not self._shares_file():
-            return _no_statement
-        row = cast(AsyncSQLiteResultStorage, self._results)._row_of(result)
-        return lambda connection: connection.execute(UPSERT_RESULT, row)
+    async def _prepare_to_store(
+        self, task: Task, result: TaskResult
+    ) -> Callable[[_Change], object]:
+        """Return what stores a result in the commit that ends its task.
 
-    async def _store_elsewhere(self, task: Task, result: TaskResult) -> None:
-        """Store a result in another place, after a look whether the lease holds."""
+        A result in another file is stored at once, after a look whether the lease
+        holds.
+        """
         if self._results is None:
-            return
+            return _no_change
+        if self._shares_file():
+            row = cast(AsyncSQLiteResultStorage, self._results)._row_of(result)
+            return lambda change: change.cursor.execute(UPSERT_RESULT, row)
         current = await self._queue.get_task(task.id)
         if current is None or current.lease_id != task.lease_id:
             raise LeaseLostError([task.id])
         await self._results.store(result)
+        return _no_change
 
     async def fail(
         self,
@@ -6656,29 +6419,19 @@ class AsyncSQLiteBackend(_AsyncStorage):
         Raises: `LeaseLostError` when the claim is no longer yours.
         """
         _check_lease(task)
-        _check_number("delay", delay, optional=True)
-        final = not retry or task.attempt >= task.max_attempts
-        result = _exception_result(task, exception, self._now())
-        if final and not self._shares_file():
-            await self._store_elsewhere(task, result)
-        if not isinstance(self._queue, AsyncSQLiteQueue):
-            return await self._queue.fail(task, exception, retry=retry, delay=delay)
-        queue = self._queue
-        store = self._store_in_commit(result)
-        text = _error_text(exception)
-        seconds = _retry_delay(task) if delay is None else delay
-
-        def run(
-            connection: sqlite3.Connection, notes: list[_Note], now: float
-        ) -> TaskStatus:
-            status = queue._fail(
-                connection, task, text, notes, now, retry=retry, delay=seconds
-            )
-            if status is TaskStatus.FAILED:
-                store(connection)
-            return status
-
-        return await queue._write(run, savepoint=False)
+        _check_optional(delay=delay)
+        store: Callable[[_Change], object] = _no_change
+        if not retry or task.attempt >= task.max_attempts:
+            terms = {
+                "error": _clean_text(_message_of(exception)),
+                "error_type": type(exception).__name__,
+                "traceback": "".join(traceback.format_exception(exception)),
+            }
+            error = _result_of_run(task, ResultStatus.ERROR, self._now(), **terms)
+            store = await self._prepare_to_store(task, error)
+        if isinstance(self._queue, AsyncSQLiteQueue):
+            return await self._queue._fail(task, exception, retry, delay, store)
+        return await self._queue.fail(task, exception, retry=retry, delay=delay)
 
     async def status(self, task_id: str) -> TaskStatus | None:
         """Return how a task stands by the queue, else by its result, else `None`."""
@@ -6697,56 +6450,43 @@ class AsyncSQLiteBackend(_AsyncStorage):
         Raises: `TimeoutError`; `TaskNotFoundError` when there is neither a task
         nor a result of that id.
         """
-        _check_number("timeout", timeout, optional=True)
-        limit = None if timeout is None else time.monotonic() + timeout
+        _check_optional(timeout=timeout)
+        deadline = _deadline(timeout)
         while True:
-            seen = self._gateway_of_queue().database.watch.generation
+            seen = self._main_gateway().database.watch.generation
             task, result = await self._look(task_id)
             if result is not None:
                 return result
-            left = None if limit is None else limit - time.monotonic()
-            if left is not None and left <= 0:
-                raise TimeoutError(f"no result of task {task_id!r} after {timeout} s")
-            await self._wait(task, seen, left)
+            left = _time_left(deadline, task_id, timeout)
+            await self._wait_for(cast(Task, task), seen, left)
 
-    async def _look(self, task_id: str) -> tuple[Task, TaskResult | None]:
-        """Return a task and its result; the result is `None` while it lives."""
+    async def _look(self, task_id: str) -> tuple[Task | None, TaskResult | None]:
+        """Return a task, if it is there, and its result, unless it lives."""
         task = await self._queue.get_task(task_id)
-        if task is not None and await self._settle(task):
-            task = await self._queue.get_task(task_id)
-        if task is not None and task.status in LIVE_STATUSES:
-            return task, None
+        if task and task.status in LIVE_STATUSES:
+            ours = self._queue if isinstance(self._queue, AsyncSQLiteQueue) else None
+            if ours is None or _due_at(task) > ours._clock():
+                return task, None
+            # Time has ended it; nobody else may be there to settle it.
+            await ours._settle_queue(task.queue)
+            return await self._look(task_id)
         stored = await self._results.get(task_id) if self._results else None
-        if task is None:
-            if stored is None:
-                raise TaskNotFoundError(task_id)
-            return Task("gone", id=task_id), stored
-        if stored is not None and _is_result_of(stored, task):
-            return task, stored
-        return task, _result_of_row(task)
+        if task is None and stored is None:
+            raise TaskNotFoundError(task_id)
+        return task, _result_of_row(task, stored) if task else stored
 
-    async def _settle(self, task: Task) -> bool:
-        """Settle a task that time has ended; nobody else may be there to do it."""
-        if not isinstance(self._queue, AsyncSQLiteQueue):
-            return False
-        due = _due_at(task) if task.status in LIVE_STATUSES else None
-        if due is None or due > self._queue._clock():
-            return False
-        return await self._queue._settle_queue(task.queue) > 0
+    def _main_gateway(self) -> _Gateway:
+        ours = isinstance(self._queue, AsyncSQLiteQueue)
+        return cast(_AsyncStorage, self._queue if ours else self)._gateway
 
-    def _gateway_of_queue(self) -> _Gateway:
-        if isinstance(self._queue, AsyncSQLiteQueue):
-            return self._queue._gateway
-        return self._gateway
-
-    async def _wait(self, task: Task, seen: int, left: float | None) -> None:
+    async def _wait_for(self, task: Task, seen: int, left: float) -> None:
         """Wait for a change of the task; its result comes in the same commit."""
         if isinstance(self._queue, AsyncSQLiteQueue):
-            await self._queue._gateway.wait(seen, left, _due_at(task))
+            due = _due_at(task)
+            await self._queue._wait(seen, left, None if due == math.inf else due)
         elif self._results is not None:
-            slice_length = 0.1 if left is None else min(left, 0.1)
             with contextlib.suppress(TimeoutError):
-                await self._results.wait(task.id, timeout=slice_length)
+                await self._results.wait(task.id, timeout=min(left, 0.1))
 
     # -- Upkeep --
 
@@ -6771,11 +6511,8 @@ class AsyncSQLiteBackend(_AsyncStorage):
 
     def _gateways(self) -> list[_Gateway]:
         """Return the gateways of our own parts, each once."""
-        found: dict[int, _Gateway] = {}
-        for part in self._parts():
-            if isinstance(part, _AsyncStorage):
-                found[id(part._gateway.database)] = part._gateway
-        return list(found.values())
+        parts = self._own_parts()
+        return list({id(p._gateway.database): p._gateway for p in parts}.values())
 
     async def backup(self, path: str | os.PathLike[str]) -> None:
         """Copy the backend's file to a new one while everybody goes on working.
@@ -6788,10 +6525,7 @@ class AsyncSQLiteBackend(_AsyncStorage):
         target = _absolute(path)
         _check(target != ":memory:", "path", "the path of a new file", path)
 
-        def copy_file(connection: sqlite3.Connection) -> None:
-            _back_up(connection, target)
-
-        await self._gateway_of_queue().read(copy_file)
+        await self._main_gateway().read(lambda source: _back_up(source, target))
 
     async def check(self) -> list[Finding]:
         """Look for what is wrong with the files and the queue; empty if nothing is.
@@ -6809,8 +6543,7 @@ class AsyncSQLiteBackend(_AsyncStorage):
                 text += " guard; execute PRAGMA wal_autocheckpoint=0 on each of them"
                 findings.append(Finding("checkpoints", "warning", text))
         if isinstance(self._queue, AsyncSQLiteQueue):
-            now = self._queue._clock()
-            rows = await self._queue._rows(SELECT_OVERDUE, {"before": now})
+            rows = await self._queue._rows(SELECT_OVERDUE, before=self._clock())
             findings += [
                 Finding("leases", "warning", f"{n} leases in queue {queue!r} are over")
                 for queue, n in rows
@@ -6875,19 +6608,15 @@ def _back_up(connection: sqlite3.Connection, target: str) -> None:
 
 
 def _check_file(database: _Database, connection: sqlite3.Connection) -> list[Finding]:
-    findings = []
-    for (line,) in connection.execute("PRAGMA main.integrity_check(20)").fetchall():
-        if line != "ok":
-            findings.append(Finding("integrity", "error", line))
+    lines = connection.execute("PRAGMA main.integrity_check(20)").fetchall()
+    findings = [Finding("integrity", "error", t) for (t,) in lines if t != "ok"]
     try:
         missing = missing_migrations(connection, database.components, database.path)
-        for component, version in missing:
-            text = f"{component} tables are not at version {version}"
-            findings.append(Finding("schema", "error", text))
-        for name in sorted(_missing_objects(connection, database.components)):
-            findings.append(Finding("schema", "error", f"{name} is missing"))
+        faults = [f"{part} tables are not at version {n}" for part, n in missing]
+        faults += _missing_objects(connection, database.components)
     except SchemaVersionError as error:
-        findings.append(Finding("schema", "error", str(error)))
+        faults = [str(error)]
+    findings += [Finding("schema", "error", fault) for fault in faults]
     with contextlib.suppress(OSError):
         size = os.stat(database.path + "-wal").st_size
         if size > _LARGE_WAL:
@@ -6917,12 +6646,12 @@ def _count_unguarded(path: str) -> int:
 
 def _missing_objects(
     connection: sqlite3.Connection, components: Sequence[str]
-) -> set[str]:
-    """Return the names of tables, indexes and views that somebody dropped."""
+) -> list[str]:
+    """Return a sentence for each table, index and view that somebody dropped."""
     statements = [s for c in components for step in MIGRATIONS[c] for s in step]
     wanted = {_CREATED.findall(statement)[0] for statement in statements}
     rows = connection.execute("SELECT name FROM main.sqlite_schema").fetchall()
-    return wanted - {name for (name,) in rows}
+    return [f"{name} is missing" for name in sorted(wanted - {n for (n,) in rows})]
 
 
 _CREATED = re.compile(r"^CREATE [A-Z ]+ main\.(\w+)", re.MULTILINE)
@@ -6954,98 +6683,79 @@ def _why_gone(worker: WorkerInfo, now: datetime) -> str | None:
 
 # -- URLs --
 
+_BOOLEANS = {"true": True, "1": True, "yes": True}
+_BOOLEANS |= {"false": False, "0": False, "no": False}
+
 _URL_OPTIONS: dict[str, Callable[[str], Any]] = {
-    "queue": str,
-    "results": str,
-    "events": str,
+    "queue": lambda text: _BOOLEANS.get(text.lower(), text),
+    "results": lambda text: _BOOLEANS.get(text.lower(), text),
+    "events": lambda text: _BOOLEANS.get(text.lower(), text),
     "result_ttl": float,
     "event_retention": float,
     "synchronous": str,
     "busy_timeout": float,
     "retention": float,
-    "allow_network_fs": str,
+    "allow_network_fs": lambda text: _BOOLEANS[text.lower()],
     "readers": int,
 }
-_BOOLEANS = {"true": True, "1": True, "yes": True}
-_BOOLEANS |= {"false": False, "0": False, "no": False}
 
 
-def _url_path(url: str) -> str:
-    """Return the path of an sqlite URL: three slashes relative, four absolute."""
+def _scheme_of(url: str) -> str:
+    return urllib.parse.urlsplit(url).scheme
+
+
+def _read_url(url: str) -> tuple[str, dict[str, Any]]:
+    """Return path and options of an URL: three slashes relative, four absolute."""
     parts = urllib.parse.urlsplit(url)
-    text = urllib.parse.unquote(parts.path)
-    _check(
-        parts.netloc == "" and text.startswith("/") and len(text) > 1,
-        "url",
-        "sqlite:///relative.db or sqlite:////absolute.db",
-        url,
-    )
-    return text[1:]
-
-
-def _url_options(url: str) -> dict[str, Any]:
-    query = urllib.parse.urlsplit(url).query
-    options: dict[str, Any] = {}
-    pairs = urllib.parse.parse_qsl(query, keep_blank_values=True)
-    for name, text in pairs:
-        known = ", ".join(sorted(_URL_OPTIONS))
-        _check(name in _URL_OPTIONS, "url option", f"one of {known}", name)
+    path = urllib.parse.unquote(parts.path)
+    rule = "sqlite:///relative.db or sqlite:////absolute.db"
+    _check(parts.netloc == "" and path[:1] == "/" and path != "/", "url", rule, url)
+    options = {}
+    known = "one of " + ", ".join(sorted(_URL_OPTIONS))
+    for name, text in urllib.parse.parse_qsl(parts.query, keep_blank_values=True):
+        _check(name in _URL_OPTIONS, "url option", known, name)
         try:
             options[name] = _URL_OPTIONS[name](text)
-        except ValueError:
-            raise ValueError(
-                f"url option {name} must be a number, not {text!r}"
-            ) from None
-        if _URL_OPTIONS[name] is str and text.lower() in _BOOLEANS:
-            options[name] = _BOOLEANS[text.lower()]
-    if "allow_network_fs" in options:
-        value = options["allow_network_fs"]
-        _check(isinstance(value, bool), "url option allow_network_fs", "a bool", value)
-    return options
+        except (KeyError, ValueError):
+            kind = "true or false" if name == "allow_network_fs" else "a number"
+            _check(False, f"url option {name}", kind, text)
+    return path[1:], options
 
 
 def _backend_from_url(cls: Callable[..., Any], url: str, *, asynchronous: bool) -> Any:
     _check(isinstance(url, str), "url", "a string", url)
-    scheme = urllib.parse.urlsplit(url).scheme
-    if scheme == "sqlite":
-        return cls(_url_path(url), **_url_options(url))
-    return _find_backend(scheme, url)(url, asynchronous=asynchronous)
+    if _scheme_of(url) != "sqlite":
+        return _find_backend(url)(url, asynchronous=asynchronous)
+    path, options = _read_url(url)
+    return cls(path, **options)
 
 
-def _find_backend(scheme: str, url: str) -> Callable[..., Any]:
+def _find_backend(url: str) -> Callable[..., Any]:
     from importlib.metadata import entry_points  # 20 ms that few need
 
-    points = entry_points(group="omniq.backends")
-    for point in points:
-        if point.name == scheme:
-            return cast(Callable[..., Any], point.load())
-    known = ", ".join(["sqlite", *sorted(point.name for point in points)])
-    raise ValueError(f"url must have one of the schemes {known}, not {url!r}")
+    points = {point.name: point for point in entry_points(group="omniq.backends")}
+    point = points.get(_scheme_of(url))
+    schemes = "a URL of one of the schemes " + ", ".join(["sqlite", *sorted(points)])
+    _check(point is not None, "url", schemes, url)
+    return cast(Callable[..., Any], cast(Any, point).load())
 
 
 def _backend_from_env(cls: Callable[..., Any], *, asynchronous: bool) -> Any:
     url = os.environ.get("OMNIQ_TASK_QUEUE_URL", "")
     _check(url != "", "OMNIQ_TASK_QUEUE_URL", "set to the URL of the queue", url)
-    if urllib.parse.urlsplit(url).scheme != "sqlite":
+    if _scheme_of(url) != "sqlite":
         return _backend_from_url(cls, url, asynchronous=asynchronous)
-    options = _url_options(url)
-    for part in ("results", "events"):
-        name = f"OMNIQ_{'RESULT' if part == 'results' else 'EVENT'}_STORAGE_URL"
-        other = os.environ.get(name, "")
-        if other:
-            options[part] = _part_from_url(part, other, url, asynchronous=asynchronous)
-    return cls(_url_path(url), **options)
-
-
-def _part_from_url(part: str, url: str, queue_url: str, *, asynchronous: bool) -> Any:
-    """Return what a backend takes for a part that has a URL of its own."""
-    scheme = urllib.parse.urlsplit(url).scheme
-    if scheme != "sqlite":
-        other = _find_backend(scheme, url)(url, asynchronous=asynchronous)
-        return getattr(other, part)
-    _check(not _url_options(url), f"URL of {part}", "without options", url)
-    path = _url_path(url)
-    return True if _absolute(path) == _absolute(_url_path(queue_url)) else path
+    path, options = _read_url(url)
+    for part, variable in (("results", "RESULT"), ("events", "EVENT")):
+        other = os.environ.get(f"OMNIQ_{variable}_STORAGE_URL", "")
+        if _scheme_of(other) == "sqlite":
+            place, more = _read_url(other)
+            _check(not more, f"URL of {part}", "without options", other)
+            options[part] = True if _absolute(place) == _absolute(path) else place
+        elif other:
+            backend = _find_backend(other)(other, asynchronous=asynchronous)
+            options[part] = getattr(backend, part)
+    return cls(path, **options)
 
 
 class SQLiteBackend(_Twin[AsyncSQLiteBackend]):
@@ -7073,7 +6783,7 @@ class SQLiteBackend(_Twin[AsyncSQLiteBackend]):
     ) -> None:
         arguments = _arguments_of(locals())
         parts = {"queue": queue, "results": results, "events": events}
-        awaited = {name: _unblocked_part(part) for name, part in parts.items()}
+        awaited = {n: _unblocked(p) if _is_ready(p) else p for n, p in parts.items()}
         backend = AsyncSQLiteBackend(path, **(arguments | awaited))
         self._set_up(backend, arguments)
         self._events = _twin_of(SQLiteEventStorage, backend._events, events)
@@ -7099,17 +6809,11 @@ class SQLiteBackend(_Twin[AsyncSQLiteBackend]):
         On ":memory:", or with ready objects, it shares the connections of this one
         and its `close()` leaves them open.
         """
-        parts = (self._arguments[name] for name in ("queue", "results", "events"))
-        ready = any(
-            part is not None and not isinstance(part, (bool, str, os.PathLike))
-            for part in parts
-        )
-        if not ready and self.path != ":memory:" and self._token is None:
+        parts = [self._arguments[name] for name in ("queue", "results", "events")]
+        alone = self._token is None and self.path != ":memory:"
+        if alone and not any(map(_is_ready, parts)):
             return AsyncSQLiteBackend(self.path, **self._arguments)
-        shared = _share(self._async)
-        if self._token is None:
-            shared._use_loops()
-        return shared
+        return self._async._shared(in_loops=self._token is None)
 
     @property
     def queue(self) -> SQLiteQueue:
@@ -7182,19 +6886,10 @@ class SQLiteBackend(_Twin[AsyncSQLiteBackend]):
         return self._run(self._async.check)
 
 
-def _unblocked_part(part: Any) -> Any:
-    """Return what the core awaits for a part, if that is an object."""
-    if part is None or isinstance(part, (bool, str, os.PathLike)):
-        return part
-    return _unblocked(part)
-
-
 def _twin_of(cls: Any, storage: Any, given: Any) -> Any:
     """Return the blocking form of a part: the very object that was given, if any."""
-    if storage is None:
-        return None
-    if given is not None and not isinstance(given, (bool, str, os.PathLike)):
-        return given
+    if storage is None or _is_ready(given):
+        return storage and given
     return cls._over(storage, storage._arguments)
 
 
@@ -7249,7 +6944,7 @@ class Retry(Exception):
     """
 
     def __init__(self, delay: float | None = None) -> None:
-        _check_number("delay", delay, optional=True)
+        _check_optional(delay=delay)
         super().__init__(delay)
         self.delay = delay
 
@@ -8468,10 +8163,8 @@ class AsyncWorker:
     ) -> None:
         if not inspect.iscoroutinefunction(backend.complete):
             raise TypeError("AsyncWorker needs an async backend; Worker takes this one")
-        _check_integer("concurrency", concurrency, minimum=1)
-        _check_number("lease", lease, minimum=0.001)
-        _check_number("grace", grace)
-        _check_text("name", name, optional=True)
+        _check_values(concurrency=concurrency, lease=lease, grace=grace)
+        _check_optional(name=name)
         self.backend = backend
         self.tasks = tasks
         self.queues = _queue_names(queues)
@@ -8508,9 +8201,8 @@ class AsyncWorker:
 
         Cancelled, it releases async functions at once and waits for plain ones.
         """
-        _check_integer("processes", processes, minimum=1)
-        if max_tasks is not None:
-            _check_integer("max_tasks", max_tasks, minimum=1)
+        _check_values(processes=processes)
+        _check_optional(max_tasks=max_tasks)
         self._check_idle()
         terms = (until_empty, math.inf if max_tasks is None else max_tasks)
         job = _Crew(self, processes, terms) if processes > 1 else _Shift(self, *terms)
@@ -8995,7 +8687,7 @@ def _rows(
     backend: SQLiteBackend, statement: str, terms: Mapping[str, Any]
 ) -> list[Row]:
     """Return what a statement of ours finds in the file of the queue."""
-    return backend._run(backend.queue._async._rows, statement, terms)
+    return backend._run(backend.queue._async._rows, statement, **terms)
 
 
 # -- demo --
@@ -9571,7 +9263,7 @@ def _print_event(event: TaskEvent, options: argparse.Namespace) -> None:
 # -- retry, cancel, purge, pause, resume, backup --
 
 _CHANGED_AT_ONCE = 1_000  # tasks in one transaction, so that others get their turn
-_Change = Callable[[sqlite3.Connection, str, list[_Note], float], bool]
+_Verb = Callable[[_Change, str], bool]
 
 
 def _run_retry(options: argparse.Namespace) -> int:
@@ -9589,7 +9281,7 @@ def _run_cancel(options: argparse.Namespace) -> int:
     A running one learns of it at its next heartbeat. Name them by id, by filters
     that all hold, or say --all.
     """
-    return _change_tasks(options, _cancel, "cancelled", LIVE_STATUSES)
+    return _change_tasks(options, _cancel_one, "cancelled", LIVE_STATUSES)
 
 
 def _run_purge(options: argparse.Namespace) -> int:
@@ -9602,17 +9294,12 @@ def _run_purge(options: argparse.Namespace) -> int:
     return _change_tasks(options, _delete, "deleted", statuses)
 
 
-def _cancel(
-    connection: sqlite3.Connection, task_id: str, notes: list[_Note], now: float
-) -> bool:
-    parameters = {"id": task_id, "now": now}
-    return _note_rows(connection, CANCEL, parameters, "cancelled", notes) > 0
+def _cancel_one(change: _Change, task_id: str) -> bool:
+    return _cancel(change, CANCEL, id=task_id) > 0
 
 
-def _delete(
-    connection: sqlite3.Connection, task_id: str, _notes: list[_Note], _now: float
-) -> bool:
-    return bool(connection.execute(DELETE_TASK, {"id": task_id}).fetchall())
+def _delete(change: _Change, task_id: str) -> bool:
+    return bool(change.rows(DELETE_TASK, id=task_id))
 
 
 def _filters(
@@ -9635,7 +9322,7 @@ def _filters(
 
 def _change_tasks(
     options: argparse.Namespace,
-    change: _Change,
+    verb: _Verb,
     done: str,
     statuses: tuple[TaskStatus, ...],
 ) -> int:
@@ -9648,8 +9335,8 @@ def _change_tasks(
         raise _CommandError("name tasks by id or by a filter, or say --all")
     with _open(options, "queue") as backend:
         if options.dry_run:
-            change, done = _keep, f"would be {done}"
-        changed = list(_change_matching(backend, chosen, change))
+            verb, done = _keep, f"would be {done}"
+        changed = list(_change_matching(backend, chosen, verb))
         refused = set(options.ids).difference(row[1] for row in changed)
         for task_id in sorted(refused):
             why = _why_refused(backend.queue.get_task(task_id), statuses)
@@ -9670,21 +9357,17 @@ def _keep(*_: object) -> bool:
 
 
 def _change_matching(
-    backend: SQLiteBackend, chosen: dict[str, Any], change: _Change
+    backend: SQLiteBackend, chosen: dict[str, Any], verb: _Verb
 ) -> Iterator[Row]:
     """Change the tasks that match, some in each commit; yield what they were."""
 
-    def run(
-        connection: sqlite3.Connection, notes: list[_Note], now: float
-    ) -> tuple[list[Row], list[Row]]:
-        rows = connection.execute(SELECT_MATCHING, chosen).fetchall()
-        return rows, [row for row in rows if apply(connection, row[1], notes, now)]
+    def run(change: _Change) -> tuple[list[Row], list[Row]]:
+        rows = change.rows(SELECT_MATCHING, **chosen)
+        return rows, [row for row in rows if apply(change, row[1])]
 
-    def apply(
-        connection: sqlite3.Connection, task_id: str, notes: list[_Note], now: float
-    ) -> bool:
+    def apply(change: _Change, task_id: str) -> bool:
         try:
-            return change(connection, task_id, notes, now)
+            return verb(change, task_id)
         except DuplicateTaskError:  # another live task holds its key
             return False
 
