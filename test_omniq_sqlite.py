@@ -13181,6 +13181,12 @@ CONSOLE_SCRIPT = """\
 exec {python} -P -c 'import sys, omniq_sqlite; sys.exit(omniq_sqlite.main())' "$@"
 """
 
+# A link to the program of a virtual environment would not find its packages.
+PYTHON_SCRIPT = """\
+#!/bin/sh
+exec {python} "$@"
+"""
+
 # Runs the Python blocks, given as JSON, as the cells of a notebook.
 NOTEBOOK_RUNNER = r"""
 import json, sys
@@ -13236,16 +13242,18 @@ RUNNABLE = [section for section in SECTIONS if section.title != "Set up"]
 
 def child_environment(folder: Path) -> dict[str, str]:
     """Return an environment with our console script on PATH and this module."""
-    folder.mkdir()
-    script = folder / "omniq-sqlite"
-    script.write_text(CONSOLE_SCRIPT.format(python=sys.executable))
-    script.chmod(0o755)
-    (folder / "python").symlink_to(sys.executable)
-    return {
+    folder.mkdir(exist_ok=True)
+    for name, text in (("omniq-sqlite", CONSOLE_SCRIPT), ("python", PYTHON_SCRIPT)):
+        script = folder / name
+        script.write_text(text.format(python=sys.executable))
+        script.chmod(0o755)
+    environment = {
         **os.environ,
         "PATH": f"{folder}{os.pathsep}{os.environ['PATH']}",
         "PYTHONPATH": str(ROOT),
     }
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)  # not each compiles the module
+    return environment
 
 
 def find_section(title: str) -> Section:
@@ -13398,26 +13406,392 @@ asyncio.run(visit())
         assert document_run_child(section, tmp_path, NOTEBOOK_RUNNER, cells) == shown
 
 
+EXAMPLES = ROOT / "examples"
+
+# Goes to a web example's pages as its users do, through the client of its framework.
+VISITORS = {
+    "fastapi": """
+import asyncio
+from httpx import ASGITransport, AsyncClient
+from web_fastapi import app, backend, lifespan
+from omniq_sqlite import AsyncWorker
+
+async def visit_all():
+    async with lifespan(app), AsyncClient(
+        transport=ASGITransport(app), base_url="http://shop"
+    ) as client:
+        answer = await client.post("/counts", params={"text": "a b c"})
+        show(answer.status_code)
+        page = answer.json()["page"]
+        show((await client.get(page)).json())
+        await AsyncWorker(backend, tasks).run(until_empty=True, signals=False)
+        show((await client.get(page)).json())
+        show((await client.get("/counts/unknown")).status_code)
+
+asyncio.run(visit_all())
+""",
+    "flask": """
+from web_flask import app, backend
+from omniq_sqlite import Worker
+
+client = app.test_client()
+answer = client.post("/counts", data={"text": "a b c"})
+show(answer.status_code)
+page = answer.json["page"]
+show(client.get(page).json)
+Worker(backend, tasks).run(until_empty=True)
+show(client.get(page).json)
+show(client.get("/counts/unknown").status_code)
+""",
+    "django": """
+import web_django
+from django.test import Client
+from omniq_sqlite import Worker
+
+client = Client()
+answer = client.post("/counts", {"text": "a b c"})
+show(answer.status_code)
+page = answer.json()["page"]
+show(client.get(page).json())
+Worker(web_django.backend, tasks).run(until_empty=True)
+show(client.get(page).json())
+show(client.get("/counts/unknown").status_code)
+""",
+}
+
+# Executes a notebook and prints the text that its cells put out.
+NOTEBOOK_EXECUTER = r"""
+import nbclient, nbformat
+
+notebook = nbformat.read("notebook.ipynb", as_version=4)
+nbclient.NotebookClient(notebook, timeout=60, kernel_name="python3").execute()
+for cell in notebook.cells:
+    for output in cell.get("outputs", ()):
+        print(output.get("text") or output["data"].get("text/plain", ""))
+"""
+
+
+def example_run(
+    tmp_path: Path, *command: str | Path, packages: str = "", status: int = 0
+) -> str:
+    """Run a command in an empty folder, the examples importable; return its output."""
+    for package in packages.split():
+        pytest.importorskip(package)
+    environment = child_environment(tmp_path / "bin")
+    environment["PYTHONPATH"] += f"{os.pathsep}{EXAMPLES}"
+    (tmp_path / "place").mkdir(exist_ok=True)
+    outcome = subprocess.run(
+        command,
+        cwd=tmp_path / "place",
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=90,
+        check=False,
+    )
+    assert outcome.returncode == status, outcome.stdout
+    return outcome.stdout
+
+
+def shell_lines(text: str, start: str) -> list[str]:
+    """Return the commands of the lines of a file that begin with `start`."""
+    return re.findall(rf"^{start}(.+)$", text, re.MULTILINE)
+
+
 class TestExamples:
     def test_compress_makes_a_copy_of_each_file(self, tmp_path: Path) -> None:
-        folder = tmp_path  # the database stands among the files
+        folder = tmp_path / "place"  # the database stands among the files
+        folder.mkdir()
         for number in range(5):
             (folder / f"{number}.txt").write_text(f"text {number}\n" * 100)
-        outcome = subprocess.run(
-            [sys.executable, ROOT / "examples/compress.py", "."],
-            cwd=tmp_path,
-            env=child_environment(tmp_path / "bin"),
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=60,
-            check=False,
-        )
-        assert outcome.returncode == 0, outcome.stderr
-        assert outcome.stdout.startswith("5 files, 3500 bytes before, ")
+        shown = example_run(tmp_path, "python", EXAMPLES / "compress.py", ".")
+        assert shown.startswith("5 files, 3500 bytes before, ")
         for number in range(5):
             packed = (folder / f"{number}.txt.gz").read_bytes()
             assert gzip.decompress(packed) == f"text {number}\n".encode() * 100
+
+    @pytest.mark.parametrize("framework", ["fastapi", "flask", "django"])
+    def test_a_web_application_enqueues_and_shows_the_result(
+        self, tmp_path: Path, framework: str
+    ) -> None:
+        packages = "fastapi httpx" if framework == "fastapi" else framework
+        program = "from jobs import tasks\nshow = print\n" + VISITORS[framework]
+        shown = example_run(tmp_path, "python", "-c", program, packages=packages)
+        assert shown.splitlines()[:3] == [
+            "202",
+            "{'status': 'pending'}",
+            "{'status': 'success', 'words': 3}",
+        ]
+        assert shown.splitlines()[-1] == "404"
+
+    def test_a_web_application_needs_no_more_than_forty_lines(self) -> None:
+        for program in EXAMPLES.glob("web_*.py"):
+            assert len(program.read_text(encoding="utf-8").splitlines()) < 40, program
+
+    @pytest.mark.parametrize("library", ["sqlite3", "sqlalchemy", "django"])
+    def test_an_outbox_holds_the_task_if_and_only_if_the_order(
+        self, tmp_path: Path, library: str
+    ) -> None:
+        program = EXAMPLES / f"outbox_{library}.py"
+        shown = example_run(tmp_path, "python", program, packages=library)
+        assert shown == "out of chairs\norders: 1, tasks: 1\n"
+
+    def test_own_types_come_back_as_what_they_were(self, tmp_path: Path) -> None:
+        program = EXAMPLES / "own_types.py"
+        shown = example_run(tmp_path, "python", program, packages="pydantic")
+        assert shown == "Parcel ['lamp', 'chair']\n"
+
+    def test_the_fixture_runs_tasks_without_waiting(self, tmp_path: Path) -> None:
+        options = ("-q", "-p", "no:cacheprovider", "-W", "error")
+        shown = example_run(
+            tmp_path, "python", "-m", "pytest", *options, EXAMPLES / "test_jobs.py"
+        )
+        assert "3 passed" in shown
+
+    def test_prometheus_sees_events_and_queues(self, tmp_path: Path) -> None:
+        program = """
+from prometheus_client import REGISTRY, generate_latest
+from telemetry_prometheus import Depth, count
+from jobs import count_words, divide, tasks
+from omniq_sqlite import SQLiteBackend, Worker
+
+with SQLiteBackend("jobs.db", events=True) as backend:
+    backend.enqueue_many([count_words.task("a b"), divide.task(1, 0)])
+    Worker(backend, tasks).run(until_empty=True)
+    REGISTRY.register(Depth(backend.queue))
+    count(backend.events.query())
+    print(generate_latest().decode())
+"""
+        shown = example_run(
+            tmp_path, "python", "-c", program, packages="prometheus_client"
+        )
+        assert 'omniq_events_total{queue="default",type="completed"} 1.0' in shown
+        assert 'omniq_events_total{queue="default",type="retry"} 1.0' in shown
+        assert 'omniq_tasks{queue="default",status="failed"} 1.0' in shown
+
+    def test_opentelemetry_gets_a_span_for_each_attempt(self, tmp_path: Path) -> None:
+        program = """
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from telemetry_opentelemetry import record
+from jobs import count_words, divide, tasks
+from omniq_sqlite import SQLiteBackend, Worker
+
+exporter = InMemorySpanExporter()
+provider = TracerProvider()
+provider.add_span_processor(SimpleSpanProcessor(exporter))
+with SQLiteBackend("jobs.db", events=True) as backend:
+    backend.enqueue(count_words.task("a b"))
+    Worker(backend, tasks).run(until_empty=True)
+    backend.enqueue(divide.task(1, 0))
+    Worker(backend, tasks).run(until_empty=True)
+    record(backend.events.query(), provider.get_tracer("test"))
+for span in exporter.get_finished_spans():
+    assert span.start_time < span.end_time
+    print(span.name, span.status.status_code.name, span.attributes["attempt"])
+"""
+        shown = example_run(
+            tmp_path, "python", "-c", program, packages="opentelemetry.sdk"
+        )
+        assert shown.splitlines() == [
+            "default completed UNSET 1",
+            "default retry ERROR 1",
+            "default failed ERROR 2",
+        ]
+
+    def test_a_log_line_is_an_object_with_the_facts(self, tmp_path: Path) -> None:
+        shown = example_run(tmp_path, "python", EXAMPLES / "logs.py")
+        lines = [json.loads(line) for line in shown.splitlines()]
+        assert [(line["level"], line.get("attempt")) for line in lines] == [
+            ("INFO", None),
+            ("WARNING", 1),
+            ("ERROR", 2),
+            ("INFO", None),
+        ]
+        assert lines[2]["func"] == "divide"
+        assert lines[2]["traceback"].endswith("ZeroDivisionError: division by zero")
+        assert len({line["worker"] for line in lines}) == 1
+
+    @pytest.mark.parametrize("runner", ["uv", "pipx"])
+    def test_the_script_brings_its_packages_along(
+        self, tmp_path: Path, runner: str
+    ) -> None:
+        """As `uv run` and `pipx run` say in its docstring; both ask the registry."""
+        pytest.importorskip(runner)
+        place = tmp_path / "place"
+        place.mkdir()
+        for file in (EXAMPLES / "script.py", ROOT / "omniq_sqlite.py"):
+            shutil.copy(file, place)
+        options = {
+            "uv": ("uv", "run", "--no-project", "--python", sys.executable),
+            "pipx": ("pipx", "run", "--python", sys.executable, "--path"),
+        }
+        try:
+            shown = example_run(
+                tmp_path, "python", "-m", *options[runner], "script.py", "script.py"
+            )
+        except AssertionError as error:
+            if re.search("dns error|Temporary failure|No matching dist", str(error)):
+                pytest.skip("no package registry answers")
+            raise
+        digest = hashlib.sha256((EXAMPLES / "script.py").read_bytes()).hexdigest()
+        assert shown.splitlines()[-1] == f"{digest} script.py"
+
+    def test_the_notebook_runs_from_its_first_cell_to_its_last(
+        self, tmp_path: Path
+    ) -> None:
+        place = tmp_path / "place"
+        place.mkdir()
+        for name in ("notebook.ipynb", "jobs.py"):
+            shutil.copy(EXAMPLES / name, place)
+        shown = example_run(
+            tmp_path, "python", "-c", NOTEBOOK_EXECUTER, packages="nbclient ipykernel"
+        )
+        assert f"\n{list(range(20))}\n" in shown
+        assert "ZeroDivisionError: division by zero" in shown
+        assert "exit status 0" in shown
+
+    def test_the_notebook_is_short_and_carries_no_outputs(self) -> None:
+        notebook = json.loads((EXAMPLES / "notebook.ipynb").read_text("utf-8"))
+        assert len(notebook["cells"]) < 15
+        assert not any(cell.get("outputs") for cell in notebook["cells"])
+
+
+class TestDeployment:
+    """Files of `examples/deploy`: what they start works as they say."""
+
+    @pytest.fixture
+    def deploy(self) -> Callable[[str], str]:
+        """Return the text of a file, with a place of this test for its places."""
+
+        def read(name: str) -> str:
+            text = (EXAMPLES / "deploy" / name).read_text(encoding="utf-8")
+            for folder in ("/srv/shop/.venv/bin/", "/srv/shop/", "/data/"):
+                text = text.replace(folder, "")
+            return text
+
+        return read
+
+    def stops_when_told(
+        self, tmp_path: Path, command: str, check: str, **variables: str
+    ) -> None:
+        """Start a worker, find it in health, and end it with SIGTERM."""
+        place = tmp_path / "place"
+        place.mkdir()
+        environment = child_environment(tmp_path / "bin") | variables
+        environment["PYTHONPATH"] += f"{os.pathsep}{EXAMPLES}"
+        run = partial(subprocess.run, cwd=place, env=environment, timeout=DEADLINE)
+        probe = ["sh", "-c", check]
+        with closing(SQLiteQueue(place / "jobs.db")) as queue:
+            queue.enqueue(Task("count_words", ("a b c",)))
+            worker = subprocess.Popen(["sh", "-c", command], cwd=place, env=environment)
+            try:
+                eventually(lambda: not queue.count_tasks())
+                assert run(probe, check=False).returncode == 0
+                worker.terminate()
+                assert worker.wait(timeout=DEADLINE) == 0
+            finally:
+                worker.kill()
+                worker.wait()
+            assert run(probe, check=False).returncode == 1
+
+    def test_systemd_starts_a_worker_and_stops_it(
+        self, tmp_path: Path, deploy: Callable[[str], str]
+    ) -> None:
+        [command] = shell_lines(deploy("omniq-worker.service"), "ExecStart=")
+        check = "omniq-sqlite check jobs.db --worker shop"
+        self.stops_when_told(tmp_path, f"exec {command}", check)
+
+    def test_systemd_takes_the_unit(
+        self, tmp_path: Path, deploy: Callable[[str], str]
+    ) -> None:
+        if shutil.which("systemd-analyze") is None:
+            pytest.skip("no systemd-analyze on this machine")
+        unit = tmp_path / "omniq-worker.service"
+        text = deploy(unit.name).replace("=omniq-sqlite", f"={sys.executable}")
+        unit.write_text(text.replace("User=shop", "User=root"))
+        outcome = subprocess.run(
+            ["systemd-analyze", "verify", unit],
+            capture_output=True,
+            text=True,
+            timeout=DEADLINE,
+            check=False,
+        )
+        assert (outcome.returncode, outcome.stderr) == (0, "")
+
+    def test_a_container_starts_a_worker_and_stops_it(
+        self, tmp_path: Path, deploy: Callable[[str], str]
+    ) -> None:
+        text = deploy("Dockerfile")
+        [command] = shell_lines(text, "CMD ")
+        [check] = shell_lines(text, r"HEALTHCHECK .*? CMD ")
+        self.stops_when_told(tmp_path, command, check, HOSTNAME="box")
+
+    def test_cron_enqueues_once_works_and_backs_up(
+        self, tmp_path: Path, deploy: Callable[[str], str]
+    ) -> None:
+        lines = shell_lines(deploy("crontab"), r"\S+ \S+ \* \* \*  +")
+        enqueue, work, backup = (
+            line.replace(r"\%", "%")
+            .replace("/srv/backup/", "copy-")
+            .replace("cd /srv/shop && ", "")
+            for line in lines
+        )
+        run = partial(example_run, tmp_path, "sh", "-c")
+        added = run(enqueue)
+        assert run(enqueue).startswith(added)  # the key holds a second one out
+        run(work)
+        run(backup)
+        [copy] = (tmp_path / "place").glob("copy-jobs-*.db")
+        with closing(SQLiteResultStorage(copy)) as results:
+            assert [result.value for result in results.list_results()] == [3]
+
+    def test_litestream_restores_what_was_there(
+        self, tmp_path: Path, deploy: Callable[[str], str]
+    ) -> None:
+        """Its own checkpoints as often as it can, while tasks come and go."""
+        litestream = Path(sys.executable).with_name("litestream")
+        if not litestream.exists():
+            pytest.skip("litestream is not installed")
+        path = tmp_path / "jobs.db"
+        config = tmp_path / "litestream.yml"
+        often = "checkpoint-interval: 100ms\n    min-checkpoint-page-count: 10\n"
+        config.write_text(
+            deploy(config.name)
+            .replace("path: jobs.db\n", f"path: {path}\n    {often}")
+            .replace("/srv/backup/jobs.db", f"{tmp_path}/replica")
+        )
+        run: list[str | Path] = [litestream, "replicate", "-config", config]
+        with SQLiteBackend(path, events=True) as backend:
+            backend.enqueue(Task("first"))
+            replica = subprocess.Popen(
+                run, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+            )
+            try:
+                eventually((tmp_path / "replica").exists)
+                for _ in range(50):
+                    backend.enqueue_many(Task("more", ("x" * 1000,)) for _ in range(20))
+                    for task in backend.queue.dequeue_many(10):
+                        backend.complete(task, "y" * 1000)
+                replica.terminate()  # it takes what is there, and ends
+                assert replica.wait(timeout=DEADLINE) == 0
+            finally:
+                replica.kill()
+                replica.wait()
+            copy = tmp_path / "restored.db"
+            subprocess.run(
+                [litestream, "restore", "-config", config, "-o", copy, path],
+                check=True,
+                capture_output=True,
+                timeout=DEADLINE,
+            )
+            counts = backend.queue.stats()
+            with SQLiteBackend(copy, events=True) as restored:
+                assert restored.queue.stats() == counts
+                assert restored.check() == backend.check() == []
 
 
 class TestBenchmarks:
