@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterable
 from datetime import datetime
 
-from opentelemetry import trace
+from opentelemetry.trace import StatusCode, Tracer, get_tracer
 
 from omniq_sqlite import EventType, SQLiteEventStorage, TaskEvent
 
@@ -19,7 +19,7 @@ def nanoseconds(instant: datetime) -> int:
     return int(instant.timestamp() * 1e9)
 
 
-def record(events: Iterable[TaskEvent], tracer: trace.Tracer) -> None:
+def record(events: Iterable[TaskEvent], tracer: Tracer) -> None:
     """Make a span from each claim and the event that ends it."""
     begun: dict[str | None, TaskEvent] = {}
     for event in events:
@@ -33,10 +33,10 @@ def record(events: Iterable[TaskEvent], tracer: trace.Tracer) -> None:
                 attributes=facts | {"attempt": begin.details["attempt"]},
             )
             if event.type != EventType.COMPLETED:
-                span.set_status(trace.StatusCode.ERROR, event.message)
+                span.set_status(StatusCode.ERROR, event.message)
             span.end(nanoseconds(event.at))
 
 
 if __name__ == "__main__":
     log = SQLiteEventStorage(sys.argv[1])
-    record(log.follow(), trace.get_tracer("omniq_sqlite"))
+    record(log.follow(), get_tracer("omniq_sqlite"))
