@@ -1155,8 +1155,8 @@ FROM main.omniq_schema
 """
 
 SELECT_TABLE_NAMES = """
--- schema: tables and views of our names, whoever made them
-SELECT CAST(name AS BLOB)
+-- schema: tables and views of our names, and whether types are enforced in them
+SELECT CAST(name AS BLOB), rtrim(sql, char(10)) LIKE '%) STRICT'
 FROM main.sqlite_schema
 WHERE name IN (
     'omniq_schema', 'omniq_task', 'omniq_pause', 'omniq_worker',
@@ -3314,7 +3314,11 @@ def schema_versions(connection: sqlite3.Connection, path: str) -> dict[str, int]
     """
     cursor = sqlite3.Connection.cursor(connection)
     cursor.row_factory = None
-    names = {bytes(row[0]).decode() for row in cursor.execute(SELECT_TABLE_NAMES)}
+    tables = cursor.execute(SELECT_TABLE_NAMES).fetchall()
+    names = {bytes(name).decode(): is_strict for name, is_strict in tables}
+    for name, is_strict in names.items():
+        if not is_strict:
+            raise SchemaVersionError(path, name, f"its table {name} is not OmniQ's")
     versions: dict[str, int] = {}
     if "omniq_schema" in names:
         try:
@@ -5084,11 +5088,8 @@ class AsyncSQLiteQueue(_AsyncStorage):
         found: dict[str, dict[str, Any]] = {
             name: {"paused": True} for (name,) in pauses
         }
-        for name, status, count, oldest in counts:
-            values = found.setdefault(name, {})
-            values[status] = count
-            if status == "pending":
-                values["oldest_pending_at"] = _from_unix(oldest)
+        for name, values in _read("queue", _counts_of, counts, _JSON):
+            found.setdefault(name, {}).update(values)
         return [QueueStats(name, **values) for name, values in sorted(found.items())]
 
     async def list_queues(self) -> list[str]:
@@ -5123,6 +5124,15 @@ def _delete_kept(change: _Change) -> int:
 
 def _no_change(_: _Change) -> None:
     """Do nothing more."""
+
+
+def _counts_of(row: Row, _serializer: Serializer) -> tuple[str, dict[str, Any]]:
+    name, status, count, oldest = row
+    known = status in _TASK_STATUSES  # another one is of somebody else's making
+    values: dict[str, Any] = {status: count} if known else {}
+    if status == "pending":
+        values["oldest_pending_at"] = _from_unix(oldest)
+    return name, values
 
 
 def _worker_of(row: Row, serializer: Serializer) -> WorkerInfo:
@@ -7993,6 +8003,9 @@ def _obey(worker: AsyncWorker, pipe: Connection) -> None:
     os._exit(1)
 
 
+_KILLED = -9  # by SIGKILL, from outside: says nothing about the program
+
+
 class _Crew:
     """Child processes that run a shift each; one that ends is replaced."""
 
@@ -8086,7 +8099,7 @@ class _Crew:
         await self._reclaim(child.name)
         if self._stopped.is_set() or child.status == 0:
             return
-        if not self._proven:
+        if not self._proven and child.status != _KILLED:
             raise RuntimeError(
                 f"worker process {child.name} ended with status {child.status} before"
                 " it was ready; its own message says why"

@@ -9390,6 +9390,80 @@ class TestCrashes:
         ]
 
 
+POISON = {
+    "malformed JSON": "UPDATE omniq_task SET args = '[', metadata = '{'",
+    "JSON of another kind": "UPDATE omniq_task SET kwargs = '3'",
+    "nested too deep": (
+        "UPDATE omniq_task SET args = replace(hex(zeroblob(9999)), '0', '[')"
+    ),
+    "a tag of nonsense": """UPDATE omniq_task SET args = '[{"$timedelta":"x"}]'""",
+    "an instant past all years": "UPDATE omniq_task SET created_at = 1e300",
+    "a priority out of range": "UPDATE omniq_task SET priority = -9223372036854775808",
+    "an unknown status": "UPDATE omniq_task SET status = 'lost' WHERE seq = 1",
+    "a name with NUL": "UPDATE omniq_task SET func = 'a' || char(0)",
+    "a name to import": (
+        "UPDATE omniq_task SET func = 'os.system', args = '[\"touch x\"]'"
+    ),
+    "a worker's malformed queues": "UPDATE omniq_worker SET queues = '['",
+    "a worker's start past all years": "UPDATE omniq_worker SET started_at = 1e300",
+    "a result of an unknown kind": "UPDATE omniq_result SET status = 'maybe'",
+    "a result's malformed value": "UPDATE omniq_result SET value = '['",
+    "an event's malformed details": "UPDATE omniq_event SET details = '['",
+}
+
+
+class TestHostileFile:
+    """A file that somebody else has written."""
+
+    @pytest.mark.parametrize("name", POISON)
+    def test_what_cannot_be_read_is_an_error_by_name_and_the_worker_goes_on(
+        self, tmp_path: Path, name: str
+    ) -> None:
+        path = tmp_path / "jobs.db"
+        tasks = TaskRegistry()
+
+        @tasks.register
+        def fine() -> str:
+            return "done"
+
+        with SQLiteBackend(path, events=True) as backend:
+            backend.enqueue_many([Task("fine"), Task("fine")])
+            backend.complete(cast(Task, backend.queue.dequeue(worker="w")), 1)
+            with connection_raw(path) as connection:
+                connection.execute("PRAGMA ignore_check_constraints = ON")
+                connection.execute(POISON[name])
+            assert backend.results is not None
+            assert backend.events is not None
+            for read in (
+                backend.queue.list_tasks,
+                backend.queue.stats,
+                backend.queue.list_workers,
+                backend.results.list_results,
+                backend.events.query,
+                backend.check,
+                backend.cleanup,
+            ):
+                with contextlib.suppress(SerializationError):
+                    read()
+            after = backend.enqueue(fine.task())
+            Worker(backend, tasks).run(until_empty=True, signals=False)
+            assert backend.result(after, timeout=0).value == "done"
+        assert not (tmp_path / "x").exists()
+
+    def test_a_table_in_which_types_are_not_enforced_is_refused(
+        self, path: str
+    ) -> None:
+        SQLiteQueue(path).enqueue(Task("f"))
+        with connection_raw(path) as connection:
+            connection.execute("PRAGMA writable_schema = ON")
+            connection.execute(
+                "UPDATE sqlite_schema SET sql = replace(sql, ') STRICT', ')')"
+                " WHERE name = 'omniq_task'"
+            )
+        with pytest.raises(SchemaVersionError, match="omniq_task is not OmniQ's"):
+            SQLiteQueue(path).count_tasks()
+
+
 WORKER_DEADLINE = 30.0
 """Seconds after which something that should have ended fails its test."""
 
@@ -11492,6 +11566,26 @@ class TestWorkerProcesses:
             """)
         )
         program.expect("0", "True", "True 2")
+        assert program.end() == 0
+
+    def test_a_child_that_is_killed_while_it_starts_is_replaced_as_well(
+        self, start: Callable[..., Program]
+    ) -> None:
+        killed_once = """
+            import os, signal
+            if __name__ == "__mp_main__" and not os.path.exists("killed"):
+                open("killed", "x").close()
+                os.kill(os.getpid(), signal.SIGKILL)
+            """
+        program = start(
+            textwrap.dedent(killed_once)
+            + crew_program("""
+            task_id = backend.enqueue(who.task())
+            print(worker.run(until_empty=True, processes=2, max_tasks=9))
+            print(os.path.exists("killed"), backend.status(task_id))
+            """)
+        )
+        program.expect("0", "True completed")
         assert program.end() == 0
 
     def test_a_child_is_replaced_after_max_tasks_under_another_name(
