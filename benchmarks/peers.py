@@ -80,6 +80,7 @@ class Peer(ABC):
 
     name: ClassVar[str]
     package: ClassVar[str] = ""
+    file_name: ClassVar[str] = "queue.db"
     crash_safe: ClassVar[bool] = True
     """Whether a task outlives a crash of whoever claimed it."""
     python_only: ClassVar[bool] = True
@@ -90,7 +91,7 @@ class Peer(ABC):
 
     def __init__(self, folder: Path, synchronous: str) -> None:
         self.folder = folder
-        self.file = folder / "queue.db"
+        self.file = folder / self.file_name
         self.open(synchronous)
 
     @abstractmethod
@@ -652,6 +653,7 @@ class LocalQueue(Peer):
 
     name = "localqueue"
     package = "localqueue"
+    file_name = "localqueue.db"
     python_only = False
 
     def open(self, synchronous: str) -> None:

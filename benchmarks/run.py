@@ -286,30 +286,33 @@ class Bench:
 
     def measure_crowd(self, row: Row, column: str) -> Sample:
         """Run the function in 8 processes at once."""
-        folder = Path(tempfile.mkdtemp(dir=self.root))
         mode = row.arguments[0]
         present = self.size.crowd_present if mode == "work" else 20
         crew = [self.station(column, number) for number in range(self.size.crowd)]
-        texts = workloads.payloads(present)
-        crew[0].call(workloads.fill, column, folder, texts, timeout=CALL_TIMEOUT)
-        for station in crew:  # all have imported it
-            station.call(time.time, timeout=CALL_TIMEOUT)
-        start_at = time.time() + 0.5
-        for station in crew:
-            station.send(row.measure, column, folder, self.size, mode, start_at)
-        parts = [station.receive(CALL_TIMEOUT) for station in crew]
-        shutil.rmtree(folder, ignore_errors=True)
+        with workloads.fresh_folder(self.root) as folder:
+            arguments = (column, folder, present)
+            crew[0].call(workloads.fill_copy, *arguments, timeout=CALL_TIMEOUT)
+            for station in crew:  # all have started
+                station.call(time.time, timeout=CALL_TIMEOUT)
+            with workloads.worn_in(folder / PEERS[column].file_name):
+                start_at = time.time() + 0.5
+                for station in crew:
+                    station.send(row.measure, column, folder, self.size, mode, start_at)
+                parts = [station.receive(CALL_TIMEOUT) for station in crew]
         return workloads.sum_up_crowd(parts, start_at)
 
     def measure_pair(self, row: Row, column: str) -> Sample:
         """Let one process wait and another one send."""
-        folder = Path(tempfile.mkdtemp(dir=self.root))
         waiting, sending = (self.station(column, number) for number in (0, 1))
-        waiting.call(workloads.fill, column, folder, [], timeout=CALL_TIMEOUT)
-        waiting.send(row.measure, column, folder, self.size)
-        sending.call(workloads.send, column, folder, self.size, timeout=CALL_TIMEOUT)
-        sample: Sample = waiting.receive(CALL_TIMEOUT)
-        shutil.rmtree(folder, ignore_errors=True)
+        with workloads.fresh_folder(self.root) as folder:
+            arguments = (column, folder, 0)
+            waiting.call(workloads.fill_copy, *arguments, timeout=CALL_TIMEOUT)
+            with workloads.worn_in(folder / PEERS[column].file_name):
+                waiting.send(row.measure, column, folder, self.size)
+                sending.call(
+                    workloads.send, column, folder, self.size, timeout=CALL_TIMEOUT
+                )
+                sample: Sample = waiting.receive(CALL_TIMEOUT)
         return sample
 
     def measure_spin(self, row: Row, column: str) -> Sample:
@@ -321,7 +324,7 @@ class Bench:
                 column,
                 self.root,
                 self.size,
-                f"#{self.steps}",
+                self.steps,
                 4,
                 timeout=CALL_TIMEOUT,
             )
