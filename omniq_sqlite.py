@@ -108,6 +108,15 @@ from typing import (
 )
 from uuid import UUID
 
+if __name__ == "__main__":  # the bare file, perhaps where nothing is installed
+    import importlib.util
+
+    needed = {"aiosqlite": "'aiosqlite>=0.20'", "anyio": "'anyio>=4.11'"}
+    missing = [needed[name] for name in needed if not importlib.util.find_spec(name)]
+    if missing:
+        sys.stderr.write(f"omniq_sqlite needs: pip install {' '.join(missing)}\n")
+        sys.exit(2)
+
 import aiosqlite
 
 if TYPE_CHECKING:
@@ -1927,6 +1936,76 @@ DELETE_TASK = """
 -- purge: delete one task
 DELETE FROM main.omniq_task WHERE id = :id
 RETURNING id
+"""
+
+SELECT_EVENT_PAST = """
+-- report: what the newest events say of the past
+SELECT at, type, task_id, NULL, details
+FROM main.omniq_event INDEXED BY omniq_event_by_time
+WHERE at >= :since AND task_id IS NOT NULL
+ORDER BY at DESC, event_id DESC
+LIMIT :limit
+"""
+
+SELECT_TASK_PAST = """
+-- report: what the tasks that are still there say of the past, as if by events
+SELECT created_at, 'enqueued', id, func, ''
+FROM main.omniq_task
+WHERE created_at >= :since
+UNION ALL
+SELECT started_at, 'dequeued', id, func, iif(attempt > 1, 'again', '')
+FROM main.omniq_task
+WHERE started_at >= :since AND status NOT IN ('scheduled', 'pending')
+UNION ALL
+SELECT finished_at, status, id, func, ''
+FROM main.omniq_task
+WHERE finished_at >= :since
+ORDER BY 1 DESC
+LIMIT :limit
+"""
+
+SELECT_RESULT_PAST = """
+-- report: what results say of the past, as if by events
+SELECT started_at, 'dequeued', task_id, NULL, ''
+FROM main.omniq_result
+WHERE started_at >= :since
+UNION ALL
+SELECT finished_at, CASE status
+        WHEN 'success' THEN 'completed' WHEN 'error' THEN 'failed' ELSE status
+    END, task_id, NULL, ''
+FROM main.omniq_result
+WHERE finished_at >= :since
+ORDER BY 1 DESC
+LIMIT :limit
+"""
+
+SELECT_RUNNING = """
+-- report: what runs, with the lease that ended or ends first in front
+SELECT id, queue, func, attempt, max_attempts, worker, started_at, lease_until,
+    progress
+FROM main.omniq_task
+WHERE due_at IS NOT NULL AND status = 'running'
+ORDER BY lease_until
+LIMIT :limit
+"""
+
+SELECT_FAILED_TASKS = """
+-- report: the tasks that failed last
+SELECT id, finished_at, func, error
+FROM main.omniq_task
+WHERE status = 'failed' AND finished_at >= :since
+ORDER BY finished_at DESC
+LIMIT :limit
+"""
+
+SELECT_FAILED_RESULTS = """
+-- report: the results that were stored last for tasks that failed
+SELECT task_id, coalesce(finished_at, stored_at), NULL,
+    coalesce(error_type || ': ', '') || coalesce(error, '')
+FROM main.omniq_result
+WHERE status = 'error' AND coalesce(finished_at, stored_at) >= :since
+ORDER BY rowid DESC
+LIMIT :limit
 """
 
 
@@ -4534,7 +4613,7 @@ class _Claim(_Operation[_Claimed]):
                 claimed.more = True
             else:
                 claimed.tasks.append(task)
-                change.note_run(EventType.DEQUEUED, task)
+                change.note_run(EventType.DEQUEUED, task, func=task.func)
 
 
 def _settle_due(change: _Change, queue: str) -> int:
@@ -5079,18 +5158,7 @@ class AsyncSQLiteQueue(_AsyncStorage):
 
     async def stats(self) -> list[QueueStats]:
         """Return the number of tasks in each status, for each queue by name."""
-
-        def fetch(connection: sqlite3.Connection) -> tuple[list[Row], list[Row]]:
-            counts = connection.execute(SELECT_STATS).fetchall()
-            return counts, connection.execute(SELECT_PAUSES).fetchall()
-
-        counts, pauses = await self._gateway.read(fetch)
-        found: dict[str, dict[str, Any]] = {
-            name: {"paused": True} for (name,) in pauses
-        }
-        for name, values in _read("queue", _counts_of, counts, _JSON):
-            found.setdefault(name, {}).update(values)
-        return [QueueStats(name, **values) for name, values in sorted(found.items())]
+        return await self._gateway.read(_read_stats)
 
     async def list_queues(self) -> list[str]:
         """Return the names of the queues that hold tasks or are paused."""
@@ -5124,6 +5192,15 @@ def _delete_kept(change: _Change) -> int:
 
 def _no_change(_: _Change) -> None:
     """Do nothing more."""
+
+
+def _read_stats(connection: sqlite3.Connection) -> list[QueueStats]:
+    pauses = connection.execute(SELECT_PAUSES).fetchall()
+    counts = connection.execute(SELECT_STATS).fetchall()
+    found: dict[str, dict[str, Any]] = {name: {"paused": True} for (name,) in pauses}
+    for name, values in _read("queue", _counts_of, counts, _JSON):
+        found.setdefault(name, {}).update(values)
+    return [QueueStats(name, **values) for name, values in sorted(found.items())]
 
 
 def _counts_of(row: Row, _serializer: Serializer) -> tuple[str, dict[str, Any]]:
@@ -8580,6 +8657,8 @@ def _show_cell(value: object) -> str:
         return f"{value:,}"
     if isinstance(value, datetime):
         return value.astimezone().isoformat(" ", "milliseconds")[:23]
+    if isinstance(value, timedelta) and value.days:
+        return f"{value.days} d {value.seconds // 3_600} h"
     return _printable(str(value))
 
 
@@ -8590,31 +8669,77 @@ def _age_of(instant: datetime | None) -> timedelta | None:
 
 
 def _print_table(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    """Print a table that fits the terminal; columns without content are left out.
+    for line in _table(headers, rows):
+        print(line)
+
+
+def _table(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> Iterator[str]:
+    """Yield the lines of a table that fits the terminal, without empty columns.
 
     The widest columns give way first, but never the first one: it is what gets
     copied into the next command. Where there is no terminal, nothing is cut.
     """
-    import shutil  # here, as below: only the command line pays for it
-
     columns = [
         (header, *cells)
         for header, *cells in zip(headers, *rows, strict=True)
         if any(cell not in (None, "", 0) for cell in cells)
     ]
     table = [[_show_cell(cell) for cell in column] for column in columns]
-    widths = [max(map(len, column)) for column in table]
-    terminal = shutil.get_terminal_size((1_000_000, 24)).columns
-    while sum(widths) + 2 * len(widths) - 2 > terminal:
+    widths = [max(map(_width, column)) for column in table]
+    while sum(widths) + 2 * len(widths) - 2 > _terminal_size()[0]:
         widest = max(widths[1:], default=0)
         if widest <= 3:
             break
         widths[widths.index(widest, 1)] -= 1
-    signs = [">" if type(column[1]) is int else "<" for column in columns]
-    for line in zip(*table, strict=True):
-        cells = zip(line, signs, widths, strict=True)
-        text = "  ".join(f"{_shorten(cell, w):{sign}{w}}" for cell, sign, w in cells)
-        print(text.rstrip())
+    right = [type(column[1]) is int for column in columns]
+    colours = [["bold", *map(_colour_of, column[1:])] for column in columns]
+    for line in zip(zip(*table, strict=True), zip(*colours, strict=True), strict=True):
+        cells = map(_align, *line, widths, right)
+        yield "  ".join(cells).rstrip()
+
+
+def _terminal_size() -> tuple[int, int]:
+    import shutil  # here, as below: only the command line pays for it
+
+    return shutil.get_terminal_size((1_000_000, 1_000_000))
+
+
+def _width(text: str) -> int:
+    """Return how many columns of a terminal `text` takes."""
+    if text.isascii():
+        return len(text)
+    import unicodedata
+
+    wide = sum(unicodedata.east_asian_width(c) in "WF" for c in text)
+    return len(text) + wide - sum(map(bool, map(unicodedata.combining, text)))
+
+
+def _align(text: str, colour: str, width: int, right: bool) -> str:
+    cut = _shorten(text, width)
+    while _width(cut) > width:
+        cut = _shorten(cut, len(cut) - 1)
+    space = " " * (width - _width(cut))
+    return space + _paint(cut, colour) if right else _paint(cut, colour) + space
+
+
+_COLOURS = {"bold": 1, "dim": 2, "red": 31, "green": 32, "yellow": 33, "blue": 34}
+_COLOUR_OF = {
+    "completed": "green", "running": "blue", "dequeued": "blue",
+    "retry": "yellow", "released": "yellow", "cancelled": "yellow",
+    "expired": "yellow", "failed": "red", "lease_lost": "red",
+}  # fmt: skip
+
+
+def _colour_of(value: object) -> str:
+    return _COLOUR_OF.get(value, "") if isinstance(value, StrEnum) else ""
+
+
+def _paint(text: str, colour: str) -> str:
+    """Return `text` in a colour where that is wanted: https://no-color.org."""
+    wanted = sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
+    if not colour or not wanted or os.environ.get("NO_COLOR"):
+        return text
+    return f"\x1b[{_COLOURS[colour]}m{text}\x1b[0m"
 
 
 def _print_facts(value: Task | TaskResult) -> None:
@@ -9095,29 +9220,257 @@ def _run_enqueue(options: argparse.Namespace) -> int:
     return 0
 
 
+# -- what goes on in a file, for `stats --watch`, `report` and `serve` --
+
+_PAST_LIMIT = 100_000  # events that are looked at, so that a page costs no minute
+_SHOWN = 200  # running and failed tasks
+
+# A task waits (scheduled or pending), runs, or is not there ("").
+_STATE_AFTER = {
+    "enqueued": "waiting", "dequeued": "running", "retry": "waiting",
+    "released": "waiting", "lease_lost": "waiting",
+}  # fmt: skip
+# What it did before the first event that is known of it; else it ran.
+_STATE_BEFORE = {
+    "enqueued": "", "dequeued": "waiting", "cancelled": "waiting", "expired": "waiting"
+}  # fmt: skip
+
+
+class _History:
+    """What happened to tasks, replayed event by event.
+
+    `steps`: instant, event, and state of the task before and after; `waits`:
+    seconds from enqueue to first start; `runs`: function, how it ended, seconds.
+    """
+
+    def __init__(self, source: str, rows: Iterable[Row]) -> None:
+        self.source = source
+        self.steps: list[tuple[float, str, str, str]] = []
+        self.waits: list[float] = []
+        self.runs: list[tuple[str, str, float]] = []
+        self.funcs: dict[str, str] = {}  # by task
+        self._last: dict[str, tuple[float, str]] = {}  # by task: its last event
+        for row in rows:
+            if row[1] in _EVENT_TYPES:
+                self._replay(*row)
+        self._last.clear()
+
+    def _replay(
+        self, at: float, kind: str, task_id: str, func: str | None, details: str
+    ) -> None:
+        since, last = self._last.get(task_id, (at, ""))
+        before = _STATE_AFTER.get(last, "")
+        by_hand = kind == EventType.RETRY and details == "{}"  # it had ended
+        if not last and not by_hand:
+            before = _STATE_BEFORE.get(kind, "running")
+        if kind == EventType.DEQUEUED:
+            self.funcs[task_id] = func or _func_of(details)
+            if last == EventType.ENQUEUED and details != "again":
+                self.waits.append(at - since)
+        elif last == EventType.DEQUEUED and kind in _OUTCOMES:
+            self.runs.append((self.funcs[task_id], kind, at - since))
+        self.steps.append((at, kind, before, _STATE_AFTER.get(kind, "")))
+        self._last[task_id] = at, kind
+
+    def outcomes(self) -> dict[str, int]:
+        """Return how often an attempt ended in each way."""
+        counts = collections.Counter(kind for _, kind, _, _ in self.steps)
+        return {str(kind): counts[kind] for kind in _OUTCOMES}
+
+
+_OUTCOMES = (EventType.COMPLETED, EventType.RETRY, EventType.FAILED)
+
+
+def _func_of(details: str) -> str:
+    try:
+        return str(json.loads(details)["func"])
+    except (ValueError, TypeError, LookupError, RecursionError):
+        return "?"  # logged by something else
+
+
+@dataclass(frozen=True, slots=True)
+class _Running:
+    id: str
+    queue: str
+    func: str
+    attempts: str
+    worker: str | None
+    started_at: datetime | None
+    lease_until: datetime
+    progress: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Failure:
+    task_id: str
+    at: datetime
+    func: str | None
+    error: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Overview:
+    """What a file said at one instant."""
+
+    at: datetime
+    queues: list[QueueStats]
+    workers: list[WorkerInfo]
+    running: list[_Running]
+    failures: list[_Failure]
+    history: _History
+
+
+def _look(backend: SQLiteBackend, since: float, failed_since: float = 0.0) -> _Overview:
+    """Look at a file, what happened in it since an instant, and what failed."""
+    found = {"queue"} | {n for n in ("results", "events") if getattr(backend, n)}
+    terms: dict[str, Any] = {"since": since, "limit": _PAST_LIMIT}
+    workers = backend.queue.list_workers()
+
+    def look(connection: sqlite3.Connection) -> _Overview:
+        fetch = partial(_fetch, connection)
+        connection.execute("BEGIN")  # all of it is of one instant
+        try:
+            queues = _read_stats(connection)
+            running = [_running_from_row(row) for row in fetch(SELECT_RUNNING, terms)]
+            history = _read_history(fetch, found, terms)
+            terms["since"] = failed_since
+            failures = _read_failures(fetch, found, terms, history.funcs)
+        finally:
+            connection.execute("COMMIT")
+        return _Overview(_now(), queues, workers, running, failures, history)
+
+    return backend._run(backend.queue._async._gateway.read, look)
+
+
+def _fetch(
+    connection: sqlite3.Connection, statement: str, terms: Mapping[str, Any] = {}
+) -> list[Row]:
+    return connection.execute(statement, terms).fetchall()
+
+
+def _read_history(
+    fetch: Callable[..., list[Row]], found: set[str], terms: dict[str, Any]
+) -> _History:
+    """Read the past from the events, or else from what the tables say of it."""
+    if "events" in found and fetch(SELECT_LAST_EVENT) != [(0,)]:
+        return _History("events", reversed(fetch(SELECT_EVENT_PAST, terms)))
+    rows = fetch(SELECT_TASK_PAST, terms)
+    known = {row[2] for row in rows}
+    if "results" in found:
+        rows += [r for r in fetch(SELECT_RESULT_PAST, terms) if r[2] not in known]
+    # Of one instant: in the order of a task's life.
+    order = list(EventType).index
+    return _History("tables", sorted(rows, key=lambda r: (r[0], order(r[1]))))
+
+
+def _read_failures(
+    fetch: Callable[..., list[Row]],
+    found: set[str],
+    terms: dict[str, Any],
+    funcs: dict[str, str],
+) -> list[_Failure]:
+    """Return what failed, the last one first: by results, and by tasks without one."""
+    rows = fetch(SELECT_FAILED_RESULTS, terms) if "results" in found else []
+    failed = {row[0]: row[1:] for row in rows}
+    for task_id, at, func, error in fetch(SELECT_FAILED_TASKS, terms):
+        failed[task_id] = at, func, error or ""
+    failures = [
+        _Failure(task_id, cast(datetime, _from_unix(at)), func or funcs.get(task_id), e)
+        for task_id, (at, func, e) in failed.items()
+    ]
+    return sorted(failures, key=lambda failure: failure.at, reverse=True)
+
+
+def _running_from_row(row: Row) -> _Running:
+    started_at, lease_until = map(_from_unix, row[6:8])
+    task_id, queue, func, attempt, max_attempts, worker, *_ = row
+    attempts = f"{attempt} of {max_attempts}"
+    until = cast(datetime, lease_until)
+    return _Running(task_id, queue, func, attempts, worker, started_at, until, row[8])
+
+
 # -- stats, list, show, events --
 
 
 def _run_stats(options: argparse.Namespace) -> int:
-    """Show how many tasks each queue has in which status, and the workers."""
-    _components(options.file, "queue")
-    with SQLiteQueue(options.file) as queue:
-        queues, workers = queue.stats(), queue.list_workers()
+    """Show how many tasks each queue has in which status, and the workers.
+
+    With --watch every second anew, with what was done in the last minute, what
+    runs, and what failed last.
+    """
+    with _open(options, "queue") as backend:
+        while options.watch:
+            began = time.monotonic()
+            _show_frame(backend, options)
+            took = time.monotonic() - began
+            time.sleep(max(1.0 - took, took))  # a large file is not read all the time
+        queues, workers = backend.queue.stats(), backend.queue.list_workers()
     if not queues and not workers:
         return _nothing_found("tasks", options)
     if options.json:
-        for stats in queues:
-            _print_json({"kind": "queue", **_as_json(stats)})
-        for worker in workers:
-            _print_json({"kind": "worker", **_as_json(worker)})
-        return 0
-    headers = ["queue", *TaskStatus, "paused", "oldest"]
-    _print_table(headers, list(map(_row_of_queue, queues)))
-    if queues and workers:
-        print()
-    headers = ["worker", "host", "pid", "queues", "running", "seen"]
-    _print_table(headers, list(map(_row_of_worker, workers)))
+        _print_stats_json(queues, workers)
+    else:
+        for line in _lines_of_stats(queues, workers):
+            print(line)
     return 0
+
+
+def _print_stats_json(queues: list[QueueStats], workers: list[WorkerInfo]) -> None:
+    for stats in queues:
+        _print_json({"kind": "queue", **_as_json(stats)})
+    for worker in workers:
+        _print_json({"kind": "worker", **_as_json(worker)})
+
+
+def _lines_of_stats(
+    queues: list[QueueStats], workers: list[WorkerInfo]
+) -> Iterator[str]:
+    headers = ["queue", *TaskStatus, "paused", "oldest"]
+    yield from _table(headers, list(map(_row_of_queue, queues)))
+    if queues and workers:
+        yield ""
+    headers = ["worker", "host", "pid", "queues", "running", "seen"]
+    yield from _table(headers, list(map(_row_of_worker, workers)))
+
+
+def _show_frame(backend: SQLiteBackend, options: argparse.Namespace) -> None:
+    """Show what goes on now; on a terminal in place of what was shown before."""
+    seen = _look(backend, time.time() - 60.0)
+    minute = seen.history.outcomes()
+    if options.json:
+        _print_stats_json(seen.queues, seen.workers)
+        _print_json({"kind": "minute", "at": seen.at, **minute})
+    else:
+        lines = [*_lines_of_frame(seen, minute), ""]
+        if sys.stdout.isatty():
+            # Home, each line up to its end, and what is left below it.
+            lines = [line + "\x1b[K" for line in lines[: _terminal_size()[1] - 1]]
+            lines = ["\x1b[H" + lines[0], *lines[1:], "\x1b[J"]
+        print("\n".join(lines), end="")
+    sys.stdout.flush()
+
+
+def _lines_of_frame(seen: _Overview, minute: dict[str, int]) -> Iterator[str]:
+    done = ", ".join(f"{count:,} {kind}" for kind, count in minute.items())
+    text = f"{seen.at.astimezone():%H:%M:%S}  last minute: {done}"
+    text += f"  (by {seen.history.source})"
+    yield _shorten(text, _terminal_size()[0])
+    yield ""
+    yield from _lines_of_stats(seen.queues, seen.workers)
+    if seen.running:
+        yield ""
+        headers = ["running", "function", "for", "lease", "worker"]
+        yield from _table(headers, [_row_of_running(r, seen.at) for r in seen.running])
+    if seen.failures:
+        yield ""
+        rows = [(f.task_id, _age_of(f.at), f.func, f.error) for f in seen.failures[:10]]
+        yield from _table(["failed last", "ago", "function", "error"], rows)
+
+
+def _row_of_running(task: _Running, now: datetime) -> list[object]:
+    left = int((task.lease_until - now).total_seconds())
+    lease = f"{'' if left > 0 else 'over '}{_show_cell(timedelta(seconds=abs(left)))}"
+    return [task.id, task.func, _age_of(task.started_at), lease, task.worker]
 
 
 def _row_of_queue(stats: QueueStats) -> list[object]:
@@ -9436,6 +9789,835 @@ def _run_backup(options: argparse.Namespace) -> int:
     return 0
 
 
+# -- report, serve --
+#
+# The page is markup of `_Html`; whatever else gets into it is escaped on the way.
+# It loads nothing, and its own policy forbids it to.
+
+_PAGE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<meta name="referrer" content="no-referrer">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none';
+ style-src 'unsafe-inline'; img-src data:; connect-src 'self'; script-src $script_hash;
+ base-uri 'none'; form-action 'none'">
+<link rel="icon" href="data:,">
+<title>$title</title>
+<style>
+:root { --back: #fff; --card: #f6f8fa; --line: #d1d9e0; --text: #1f2328;
+  --quiet: #59636e; --link: #0550ae; --blue: #0969da; --amber: #bc6c00;
+  --red: #cf222e; }
+@media (prefers-color-scheme: dark) {
+  :root { --back: #0d1117; --card: #161b22; --line: #3d444d; --text: #e6edf3;
+    --quiet: #9aa4af; --link: #79b8ff; --blue: #4493f8; --amber: #d9a03c;
+    --red: #ff7b72; } }
+* { box-sizing: border-box; }
+body { margin: 0 auto; padding: 1rem; max-width: 80rem; background: var(--back);
+  color: var(--text); font: 16px/1.5 system-ui, sans-serif; }
+h1 { margin: 0; font-size: 1.6rem; overflow-wrap: anywhere; }
+h2 { margin: 0 0 .6rem; font-size: 1.1rem; }
+p { margin: .3rem 0; }
+a { color: var(--link); }
+:focus-visible { outline: 3px solid var(--link); outline-offset: 2px; }
+nav a, nav button { margin-right: .9rem; }
+nav a[aria-current] { color: var(--text); font-weight: 600; text-decoration: none; }
+button { padding: .1rem .7rem; border: 1px solid var(--line); border-radius: 6px;
+  background: var(--card); color: inherit; font: inherit; }
+.skip { position: absolute; left: -99rem; }
+.skip:focus { position: static; }
+.quiet { color: var(--quiet); font-size: .875rem; overflow-wrap: anywhere; }
+.bad { color: var(--red); font-weight: 600; }
+main { display: grid; grid-template-columns: repeat(2, minmax(0, 1fr)); gap: 1rem; }
+section { min-width: 0; padding: 1rem; border: 1px solid var(--line);
+  border-radius: 8px; }
+.wide { grid-column: 1 / -1; }
+dl { display: grid; grid-template-columns: repeat(auto-fill, minmax(6rem, 1fr));
+  gap: .6rem; margin: 0; }
+dl div { padding: .5rem .6rem; border-radius: 6px; background: var(--card); }
+dt { color: var(--quiet); font-size: .8rem; white-space: nowrap; }
+dd { margin: 0; font-size: 1.4rem; font-variant-numeric: tabular-nums; }
+.scroll { overflow: auto; max-height: 26rem; background:
+  linear-gradient(var(--back), var(--back)) right / 1rem 100% no-repeat local,
+  linear-gradient(to left, var(--line), transparent) right / 1rem 100% no-repeat; }
+table { width: 100%; border-collapse: collapse; font-size: .875rem; }
+th, td { padding: .3rem 1.4rem .3rem 0; border-bottom: 1px solid var(--line);
+  text-align: left; vertical-align: top; }
+th { color: var(--quiet); font-weight: 600; white-space: nowrap; }
+td { max-width: 30rem; font-variant-numeric: tabular-nums; }
+td:first-child { min-width: 7rem; overflow-wrap: anywhere; }
+.n { text-align: right; white-space: nowrap; }
+code, pre { font: .85em/1.45 ui-monospace, monospace; }
+pre { margin: .5rem 0; padding: .7rem; border-radius: 6px; background: var(--card);
+  overflow-x: auto; max-height: 26rem; }
+summary { padding: .25rem 0; cursor: pointer; overflow-wrap: anywhere; }
+#failures details { border-bottom: 1px solid var(--line); }
+figure { margin: 0; }
+.plot { position: relative; height: 11rem; margin: .6rem 0 0 3.2rem;
+  border-bottom: 1px solid var(--quiet); }
+.plot svg { position: absolute; width: 100%; height: 100%; }
+.plot span { position: absolute; right: calc(100% + .4rem); transform: translateY(-50%);
+  color: var(--quiet); font-size: .75rem; white-space: nowrap; }
+.plot line { stroke: var(--line); vector-effect: non-scaling-stroke; }
+.ticks { position: relative; height: 1.3rem; margin-left: 3.2rem; }
+.ticks span { position: absolute; color: var(--quiet); font-size: .75rem;
+  white-space: nowrap; }
+.blue { fill: var(--blue); } .amber { fill: var(--amber); } .red { fill: var(--red); }
+g rect:first-of-type { fill: transparent; }
+g:hover rect:first-of-type { fill: var(--line); fill-opacity: .6; }
+.key { margin-right: 1rem; white-space: nowrap; font-size: .875rem; }
+.key svg { width: .8em; height: .8em; }
+@media (max-width: 46rem) {
+  body { padding: .7rem; } main { grid-template-columns: minmax(0, 1fr); }
+  section { padding: .7rem; } dd { font-size: 1.1rem; }
+  dl { grid-template-columns: repeat(3, minmax(0, 1fr)); gap: .4rem; } }
+@media print { nav, .skip { display: none; } section { break-inside: avoid; } }
+</style>
+</head>
+<body>
+<a class="skip" href="#now">Skip to the content</a>
+<header>
+<h1>$title</h1>
+$header
+</header>
+<main>
+$main
+</main>
+$script
+</body>
+</html>
+"""
+
+# Fetches the page again and again, and puts each new section in place of the old
+# one, without moving what is looked at: place, open details, focus, selection.
+_SCRIPT = """
+const state = document.getElementById('state');
+const pause = document.getElementById('pause');
+function swap(old, next) {
+  const keyed = () => [...old.querySelectorAll('[data-key]')];
+  const was = new Map(keyed().map(e =>
+    [e.dataset.key, [e.open, e.scrollLeft, e.scrollTop]]));
+  const focus = old.contains(document.activeElement)
+    && document.activeElement.closest('[data-key]')?.dataset.key;
+  old.replaceChildren(...next.childNodes);
+  for (const e of keyed()) {
+    const [open, x, y] = was.get(e.dataset.key) ?? [];
+    if (open) e.open = true;
+    e.scrollTo(x ?? 0, y ?? 0);
+    if (e.dataset.key === focus)
+      (e.querySelector('summary') ?? e).focus({preventScroll: true});
+  }
+}
+async function refresh() {
+  const answer = await fetch(location.href, {cache: 'no-store'});
+  if (!answer.ok) throw Error((await answer.text()).trim());
+  const page = new DOMParser().parseFromString(await answer.text(), 'text/html');
+  const marked = getSelection();
+  for (const next of page.querySelectorAll('section, .asof')) {
+    const old = document.getElementById(next.id);
+    if (!marked.isCollapsed && old.contains(marked.anchorNode)) continue;
+    swap(old, next);
+  }
+}
+let paused = false;
+pause.onclick = () => {
+  paused = !paused;
+  pause.setAttribute('aria-pressed', paused);
+};
+(async () => {
+  for (let rest = 2000;;) {
+    await new Promise(done => setTimeout(done, rest));
+    if (paused || document.hidden) continue;
+    const began = performance.now();
+    try { await refresh(); state.textContent = ''; }
+    catch (error) { state.textContent = 'No answer: ' + error.message; }
+    rest = Math.max(2000, 10 * (performance.now() - began));
+  }
+})();
+"""
+
+
+class _Html(str):
+    """Markup; any other text is escaped before it becomes part of one."""
+
+    __slots__ = ()
+
+
+def _escape(value: object) -> _Html:
+    import html
+
+    return value if isinstance(value, _Html) else _Html(html.escape(_show_cell(value)))
+
+
+def _join(parts: Iterable[object]) -> _Html:
+    return _Html("".join(map(_escape, parts)))
+
+
+def _element(name: str, *content: object, **attributes: object) -> _Html:
+    """Return an element; `_` in an attribute's name stands for `-`, or for nothing."""
+    words = [name]
+    for key, value in attributes.items():
+        words.append(f'{key.strip("_").replace("_", "-")}="{_escape(value)}"')
+    return _Html(f"<{' '.join(words)}>{_join(content)}</{name}>")
+
+
+def _section(key: str, title: str, *content: object, wide: bool = True) -> _Html:
+    heading = _element("h2", title, id=f"{key}-title")
+    terms = {"class": "wide"} if wide else {}
+    label = f"{key}-title"
+    return _element(
+        "section", heading, *content, id=key, aria_labelledby=label, **terms
+    )
+
+
+def _html_table(
+    key: str, headers: Sequence[str], rows: Sequence[Sequence[object]]
+) -> _Html:
+    """Return a table that scrolls by itself where it is too wide."""
+    if not rows:
+        return _element("p", "none", class_="quiet")
+    kinds = [{"class": "n"} if header[:1] == ">" else {} for header in headers]
+    head = [
+        _element("th", header.lstrip(">"), scope="col", **kind)
+        for header, kind in zip(headers, kinds, strict=True)
+    ]
+    lines = [_element("tr", *head)]
+    for row in rows:
+        cells = [_element("td", c, **k) for c, k in zip(row, kinds, strict=True)]
+        lines.append(_element("tr", *cells))
+    table = _element("table", *lines)
+    place = {"class": "scroll", "data-key": key, "tabindex": 0, "role": "region"}
+    return _element("div", table, aria_label=key, **place)
+
+
+# -- charts --
+
+_Series = Sequence[tuple[str, str]]  # name and colour
+_Column = tuple[str, Sequence[float]]  # label and a value for each of the series
+_Tick = tuple[float, str]  # place from 0 to 1, and label
+
+
+def _chart(
+    key: str, note: str, series: _Series, columns: Sequence[_Column], ticks: list[_Tick]
+) -> _Html:
+    """Return stacked columns, and the same as a table.
+
+    The drawing stretches to the width that there is; what is to be read stands
+    beside it and keeps its size.
+    """
+    top = _round_up(max((sum(values) for _, values in columns), default=0))
+    drawn = [_draw(i, column, series, top) for i, column in enumerate(columns)]
+    grid = _element("line", x1=0, x2=len(columns), y1=50, y2=50)
+    box = {"viewBox": f"0 0 {len(columns) or 1} 100", "preserveAspectRatio": "none"}
+    scale = [
+        _element(
+            "span",
+            _show_count(top * (1 - part)),
+            style=f"top: {part:.0%}",
+            aria_hidden="true",
+        )
+        for part in (0, 0.5, 1)
+    ]
+    svg = _element("svg", grid, *drawn, role="img", aria_label=f"{key}. {note}", **box)
+    places = [_draw_tick(at, text) for at, text in ticks]
+    keys = [
+        _element("span", _swatch(colour), f" {name}", class_="key")
+        for name, colour in series
+    ]
+    rows = [
+        (label, *map(_show_count, values)) for label, values in columns if any(values)
+    ]
+    table = _html_table(f"{key}, numbers", ["", *(f">{n}" for n, _ in series)], rows)
+    numbers = _element(
+        "details", _element("summary", "Numbers"), table, data_key=f"{key}-n"
+    )
+    return _element(
+        "figure",
+        _element("figcaption", *keys, _element("p", note, class_="quiet")),
+        _element("div", *scale, svg, class_="plot"),
+        _element("div", *places, class_="ticks", aria_hidden="true"),
+        numbers,
+    )
+
+
+def _draw_tick(at: float, text: str) -> _Html:
+    shift = 0 if at < 0.03 else 100 if at > 0.97 else 50  # stay within the chart
+    style = f"left: {at:.1%}; transform: translateX(-{shift}%)"
+    return _element("span", text, style=style)
+
+
+def _swatch(colour: str) -> _Html:
+    square = _element("rect", width=10, height=10, class_=colour)
+    return _element("svg", square, viewBox="0 0 10 10", aria_hidden="true")
+
+
+def _draw(place: int, column: _Column, series: _Series, top: float) -> _Html:
+    """Return one column, which tells its numbers to a mouse that points at it."""
+    label, values = column
+    told = ", ".join(
+        f"{_show_count(value)} {name}"
+        for value, (name, _) in zip(values, series, strict=True)
+    )
+    parts = [_element("title", f"{label}: {told}")]
+    parts.append(_element("rect", x=place, width=1, y=0, height=100))
+    base = 100.0
+    for value, (_, colour) in zip(values, series, strict=True):
+        if value:
+            height = 100 * value / top
+            base -= height
+            shape = {"x": f"{place + 0.06:g}", "y": f"{base:.2f}", "width": 0.88}
+            parts.append(
+                _element("rect", height=f"{height:.2f}", class_=colour, **shape)
+            )
+    return _element("g", *parts)
+
+
+def _round_up(value: float) -> float:
+    """Return the top of a scale: the next number that is easy to read, also halved."""
+    if value <= 0:
+        return 2.0
+    power = 10.0 ** math.floor(math.log10(value))
+    return next(m * power for m in (1, 2, 4, 6, 8, 10) if m * power >= value * 0.999)
+
+
+def _show_count(value: float) -> str:
+    return f"{value:,.0f}" if value == int(value) or value >= 100 else f"{value:,.2g}"
+
+
+def _show_seconds(seconds: float) -> str:
+    if seconds < 0.0995:
+        return f"{seconds * 1_000:.2g} ms"
+    if seconds < 59.5:
+        return f"{seconds:.2g} s"
+    for unit, length in (("h", 3_600), ("min", 60)):
+        if seconds % length == 0:
+            return f"{seconds / length:.0f} {unit}"
+    return _show_cell(timedelta(seconds=round(seconds)))
+
+
+_SPANS = [1, 2, 5, 10, 15, 30]  # seconds
+_SPANS += [m * 60 for m in (1, 2, 3, 5, 10, 15, 30, 60, 120, 180, 360, 720, 1_440)]
+
+
+class _Spans:
+    """The time between two instants, cut into at most 120 equal spans."""
+
+    def __init__(self, since: float, until: float) -> None:
+        long = max(until - since, 60.0) / 119
+        days = math.ceil(long / 86_400) * 86_400
+        self.width = next((w for w in _SPANS if w >= long), days)
+        self.start = math.floor(since / self.width) * self.width
+        self.count = max(1, math.ceil((until - self.start) / self.width))
+
+    def sort(self, history: _History) -> list[collections.Counter[str]]:
+        """Count the events of each span, and by how much each state grew."""
+        counts = [collections.Counter[str]() for _ in range(self.count)]
+        for at, kind, before, after in history.steps:
+            place = int((at - self.start) / self.width)
+            found = counts[min(max(place, 0), self.count - 1)]
+            found[kind] += 1
+            found[after] += 1
+            found[before] -= 1
+        return counts
+
+    def label(self, place: float) -> str:
+        local = datetime.fromtimestamp(self.start + place * self.width).astimezone()
+        if self.width >= 43_200:
+            return f"{local:%m-%d}"
+        return f"{local:%H:%M:%S}" if self.width < 60 else f"{local:%H:%M}"
+
+    def ticks(self) -> list[_Tick]:
+        return [(part / 4, self.label(self.count * part / 4)) for part in range(5)]
+
+
+def _chart_depth(seen: _Overview, spans: _Spans) -> _Html:
+    """Draw how many tasks were there, reckoned back from those that are there now."""
+    waiting = sum(q.scheduled + q.pending for q in seen.queues)
+    running = sum(q.running for q in seen.queues)
+    columns: list[_Column] = []
+    for place, change in reversed(list(enumerate(spans.sort(seen.history)))):
+        columns.append((spans.label(place), (max(0, running), max(0, waiting))))
+        waiting -= change["waiting"]
+        running -= change["running"]
+    peak = max(sum(values) for _, values in columns)
+    note = f"Now {_show_count(sum(columns[0][1]))}, at most {_show_count(peak)}; what"
+    note += " waits is scheduled or pending."
+    series = [("running", "amber"), ("waiting", "blue")]
+    return _chart("Depth over time", note, series, columns[::-1], spans.ticks())
+
+
+def _chart_throughput(seen: _Overview, spans: _Spans) -> _Html:
+    columns = [
+        (spans.label(i), [change[kind] * 60 / spans.width for kind in _OUTCOMES])
+        for i, change in enumerate(spans.sort(seen.history))
+    ]
+    series = [("completed", "blue"), ("failed, run again", "amber"), ("failed", "red")]
+    counts = zip(seen.history.outcomes().values(), series, strict=True)
+    note = "; ".join(f"{count:,} {name}" for count, (name, _) in counts)
+    return _chart(
+        "Attempts per minute", f"In all: {note}.", series, columns, spans.ticks()
+    )
+
+
+_EDGES = [0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30]
+_EDGES += [60, 120, 300, 900, 3_600, 14_400, 86_400]  # seconds
+
+
+def _chart_times(key: str, seconds: list[float]) -> _Html:
+    """Draw how many times lie between any two edges of a scale."""
+    import bisect
+
+    if not seconds:
+        return _element("p", "none known", class_="quiet")
+    counts = collections.Counter(bisect.bisect_left(_EDGES, s) for s in seconds)
+    first, last = min(counts), max(counts)
+    edges = ["0", *map(_show_seconds, _EDGES), "more"]
+    columns = [
+        (f"{edges[i]} to {edges[i + 1]}", [counts[i]]) for i in range(first, last + 1)
+    ]
+    step = math.ceil(len(columns) / 4)
+    ticks = [
+        (i / len(columns), edges[first + i]) for i in range(0, len(columns) + 1, step)
+    ]
+    median, high, longest = map(_show_seconds, _quantiles(seconds))
+    note = f"{len(seconds):,} times: half within {median}, 95 % within {high},"
+    note += f" longest {longest}."
+    return _chart(key, note, [("tasks", "blue")], columns, ticks)
+
+
+def _quantiles(seconds: list[float]) -> tuple[float, float, float]:
+    """Return median, 95th percentile and maximum."""
+    ordered = sorted(seconds)
+    last = len(ordered) - 1
+    return ordered[last // 2], ordered[round(last * 0.95)], ordered[last]
+
+
+# -- sections --
+
+
+def _render_now(seen: _Overview) -> _Html:
+    def total(name: str) -> int:
+        return sum(getattr(queue, name) for queue in seen.queues)
+
+    waits = [q.oldest_pending_at for q in seen.queues if q.oldest_pending_at]
+    facts: dict[str, object] = {name: total(name) for name in LIVE_STATUSES}
+    facts["overdue"] = sum(task.lease_until < seen.at for task in seen.running)
+    facts["oldest wait"] = _age_of(min(waits, default=None))
+    facts |= {name: total(name) for name in FINAL_STATUSES if total(name)}
+    tiles = []
+    for name, value in facts.items():
+        bad = value and name in ("failed", "overdue")
+        number = _element("dd", value, class_="bad" if bad else "good")
+        tiles.append(_element("div", _element("dt", name), number))
+    return _section("now", "Now", _element("dl", *tiles))
+
+
+def _render_queues(seen: _Overview) -> _Html:
+    headers = ["queue", *(f">{s}" for s in TaskStatus), "paused", ">oldest pending"]
+    table = _html_table("Queues", headers, list(map(_row_of_queue, seen.queues)))
+    return _section("queues", "Queues", table)
+
+
+def _render_running(seen: _Overview) -> _Html:
+    rows = []
+    for task in seen.running:
+        task_id, func, age, lease, worker = _row_of_running(task, seen.at)
+        shown = _element(
+            "span", lease, class_="bad" if task.lease_until < seen.at else ""
+        )
+        facts = (task.attempts, _progress_of(task), task.queue, worker)
+        rows.append((func, age, shown, *facts, _element("code", task_id)))
+    headers = [
+        "function",
+        "for",
+        "lease",
+        "attempt",
+        "progress",
+        "queue",
+        "worker",
+        "id",
+    ]
+    note = "An overdue lease is handed out again by the next claim from its queue."
+    quiet = _element("p", note, class_="quiet")
+    table = _html_table("Running", headers, rows)
+    return _section("running", "Running and leases", table, quiet)
+
+
+def _progress_of(task: _Running) -> str:
+    try:
+        facts = json.loads(task.progress or "{}")
+        done, total, message = facts["done"], facts["total"], facts["message"]
+    except (ValueError, TypeError, LookupError, RecursionError):
+        return _shorten(task.progress or "", 60)
+    return f"{done}{f' of {total}' if total else ''} {message}"
+
+
+def _render_workers(seen: _Overview) -> _Html:
+    rows = []
+    for worker in seen.workers:
+        gone = _why_gone(worker, seen.at)
+        state = _element("span", gone or "lives", class_="bad" if gone else "")
+        name, *facts = _row_of_worker(worker)
+        rows.append((name, state, *facts))
+    headers = ["worker", "state", "host", ">pid", "queues", ">running", ">seen"]
+    return _section("workers", "Workers", _html_table("Workers", headers, rows))
+
+
+def _render_functions(seen: _Overview) -> _Html:
+    runs: dict[str, list[float]] = collections.defaultdict(list)
+    ends: collections.Counter[tuple[str, str]] = collections.Counter()
+    for func, kind, seconds in seen.history.runs:
+        runs[func].append(seconds)
+        ends[func, kind] += 1
+    slowest = sorted(runs, key=lambda func: _quantiles(runs[func]), reverse=True)
+    rows = [
+        (
+            func,
+            len(runs[func]),
+            ends[func, EventType.RETRY],
+            ends[func, EventType.FAILED],
+            *map(_show_seconds, (*_quantiles(runs[func]), sum(runs[func]))),
+        )
+        for func in slowest[:50]
+    ]
+    headers = ["function", ">attempts", ">run again", ">failed"]
+    headers += [">median", ">95 %", ">longest", ">in all"]
+    table = _html_table("Functions", headers, rows)
+    return _section("functions", "Slowest functions", table)
+
+
+def _render_failures(seen: _Overview, backend: SQLiteBackend) -> _Html:
+    groups: dict[str, list[_Failure]] = collections.defaultdict(list)
+    for failure in seen.failures:
+        groups[_kind_of(failure.error)].append(failure)
+    frequent = sorted(groups.values(), key=len, reverse=True)[:50]
+    ids = [group[0].task_id for group in frequent]
+    results = backend.results.get_many(ids) if backend.results else {}
+    parts = [_render_group(group, results.get(group[0].task_id)) for group in frequent]
+    if not parts:
+        parts = [_element("p", "none", class_="quiet")]
+    return _section("failures", "Failures by error", *parts)
+
+
+_VARYING = re.compile(r"'[^']*'|\"[^\"]*\"|/\S+|\b0x[0-9a-f]+\b|\d+")
+
+
+def _kind_of(error: str) -> str:
+    """Return what errors of one kind have in common: names and numbers left out."""
+    return _VARYING.sub("…", error.partition("\n")[0][:400])
+
+
+def _render_group(group: list[_Failure], result: TaskResult | None) -> _Html:
+    """Return failures of one kind, the last of which stands for all."""
+    last = group[0]
+    funcs = (
+        ", ".join(sorted({f.func for f in group if f.func})) or "a function not known"
+    )
+    count = _element("strong", f"{len(group):,} \N{MULTIPLICATION SIGN} ")
+    summary = _element("summary", count, _shorten(last.error, 300))
+    about = f"In {funcs}; last at {_show_cell(last.at)[:19]}, task "
+    parts = [_element("p", about, _element("code", last.task_id), class_="quiet")]
+    lines = ((result and result.traceback) or "").splitlines()
+    key = f"failure {_kind_of(last.error)}"
+    if lines:
+        text = _Html("\n".join(map(_escape, lines)))
+        place = {"tabindex": 0, "role": "region", "data-key": f"trace {key}"}
+        parts.append(_element("pre", text, aria_label="Traceback", **place))
+    else:
+        parts.append(_element("p", "No traceback was stored.", class_="quiet"))
+    return _element("details", summary, *parts, data_key=key)
+
+
+def _render_health(backend: SQLiteBackend, findings: Sequence[Finding]) -> _Html:
+    rows = [
+        (_element("span", f.severity, class_="bad"), f.check, f.message)
+        for f in findings
+    ]
+    state = _html_table("Findings", ["severity", "check", "finding"], rows)
+    if not rows:
+        state = _element("p", "check() found nothing wrong.")
+    sizes = [0, 0]
+    for i, suffix in enumerate(("", "-wal")):
+        with contextlib.suppress(OSError):
+            sizes[i] = os.path.getsize(backend.path + suffix)
+    note = f"File {sizes[0]:,} bytes, WAL {sizes[1]:,} bytes; SQLite"
+    note += f" {sqlite3.sqlite_version}, omniq_sqlite {__version__}."
+    return _section(
+        "health", "Health of the file", state, _element("p", note, class_="quiet")
+    )
+
+
+# -- the page --
+
+_RANGES = {"15m": "15 minutes", "1h": "1 hour", "24h": "24 hours", "7d": "7 days"}
+
+
+def _render_page(
+    backend: SQLiteBackend,
+    findings: Sequence[Finding],
+    since: datetime | None,
+    navigation: _Html | None = None,
+) -> bytes:
+    """Return the page on a file: what goes on now, and what happened since then.
+
+    Without an instant it shows the time in which something happened. With a
+    navigation it is the live page, which refreshes itself.
+    """
+    import string
+
+    begun = since.timestamp() if since else 0.0
+    seen = _look(backend, begun, begun)
+    spans = _Spans(*_period(seen, since))
+    charts = [
+        _section("depth", "Depth over time", _chart_depth(seen, spans)),
+        _section(
+            "throughput", "Throughput and failures", _chart_throughput(seen, spans)
+        ),
+        _section(
+            "waits",
+            "Time from enqueue to first start",
+            _chart_times("Wait times", seen.history.waits),
+            wide=False,
+        ),
+        _section(
+            "runs",
+            "Run time of attempts",
+            _chart_times("Run times", [s for _, _, s in seen.history.runs]),
+            wide=False,
+        ),
+    ]
+    tables = [render(seen) for render in (_render_functions, _render_running)]
+    tables += [render(seen) for render in (_render_queues, _render_workers)]
+    failures = _render_failures(seen, backend)
+    health = _render_health(backend, findings)
+    script = _element("script", _Html(_SCRIPT)) if navigation else _Html("")
+    page = string.Template(_PAGE).substitute(
+        title=_escape(os.path.basename(backend.path)),
+        header=_join([_render_header(seen, backend, spans), navigation or ""]),
+        main=_join([_render_now(seen), *charts, failures, *tables, health]),
+        script=script,
+        script_hash=_hash_of_script() if navigation else "'none'",
+    )
+    return page.encode("utf-8", "backslashreplace")
+
+
+def _period(seen: _Overview, since: datetime | None) -> tuple[float, float]:
+    """Return the instants between which the charts are drawn."""
+    now = seen.at.timestamp()
+    if since is not None:
+        return since.timestamp(), now
+    instants = [at for at, _, _, _ in seen.history.steps] or [now - 3_600, now]
+    first, last = min(instants), max(instants)
+    return first, min(now, last + 60)
+
+
+def _render_header(seen: _Overview, backend: SQLiteBackend, spans: _Spans) -> _Html:
+    where = f"{backend.path}, as of {seen.at.astimezone():%Y-%m-%d %H:%M:%S UTC%z}."
+    history = seen.history
+    begun = datetime.fromtimestamp(spans.start).astimezone()
+    if history.source == "events":
+        count = len(history.steps)
+        newest = "the newest " if count >= _PAST_LIMIT else ""
+        text = f"The past is drawn from {newest}{count:,} events since"
+        text += f" {begun:%Y-%m-%d %H:%M}."
+    else:
+        text = "No events are logged in this file, so the past is drawn from the tasks"
+        text += " and results that are still there: retries, and most of what was"
+        text += " deleted, are missing."
+    lines = [_element("p", line, class_="quiet") for line in (where, text)]
+    return _element("div", *lines, id="asof", class_="asof")
+
+
+def _hash_of_script() -> str:
+    import hashlib
+
+    digest = hashlib.sha256(_SCRIPT.encode()).digest()
+    return f"'sha256-{base64.b64encode(digest).decode()}'"
+
+
+def _run_report(options: argparse.Namespace) -> int:
+    """Write a page on a file: what goes on in it, what was done and what failed.
+
+    It is one file of HTML that loads nothing, readable by its owner only: error
+    messages and tracebacks are in it, arguments and results are not.
+    """
+    with _open(options, "queue") as backend:
+        page = _render_page(backend, backend.check(), options.since)
+        if options.output != "-":
+            _write_private(options.output, page, backend.path)
+    if options.output == "-":
+        sys.stdout.write(page.decode())
+    else:
+        print(_printable(f"{options.output!r} has {len(page):,} bytes"))
+    return 0
+
+
+def _write_private(path: str, content: bytes, database: str) -> None:
+    """Write a file for its owner only, but never over the database."""
+    for suffix in ("", "-wal", "-shm"):
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samefile(path, database + suffix):
+                raise _CommandError(f"{path!r} is the database")
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
+    with open(path, "wb", opener=lambda name, _: os.open(name, flags, 0o600)) as file:
+        file.write(content)
+
+
+class _LivePage:
+    """The page on a file as it is now, made at most once a second."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self._options = options
+        self._lock = threading.Lock()
+        self._backend: SQLiteBackend | None = None
+        self._findings: list[Finding] = []
+        self._check_at = 0.0  # on the monotonic clock
+        self._pages: dict[str, tuple[float, bytes]] = {}
+
+    def render(self, since: str) -> bytes:
+        """Return the page with the past since that age, such as "1h"."""
+        with self._lock:
+            made_at, page = self._pages.get(since, (-math.inf, b""))
+            if time.monotonic() < made_at + 1.0:
+                return page
+            try:
+                page = self._render(since)
+            except OmniQError:
+                self.close()  # the file may have been replaced: open it anew
+                raise
+            self._pages[since] = time.monotonic(), page
+            return page
+
+    def _render(self, since: str) -> bytes:
+        backend = self._backend = self._backend or _open(self._options, "queue")
+        began = time.monotonic()
+        if began >= self._check_at:
+            self._findings = backend.check()
+            took = time.monotonic() - began
+            self._check_at = began + max(60.0, 100 * took)  # it reads the whole file
+        links = [
+            _element(
+                "a",
+                text,
+                href=f"?since={age}",
+                **({"aria-current": "page"} if age == since else {}),
+            )
+            for age, text in _RANGES.items()
+        ]
+        button = _element(
+            "button", "Pause", id="pause", type="button", aria_pressed="false"
+        )
+        state = _element("span", id="state", role="alert", class_="bad")
+        navigation = _element("nav", *links, button, state, aria_label="Time shown")
+        return _render_page(backend, self._findings, _parse_instant(since), navigation)
+
+    def close(self) -> None:
+        if self._backend is not None:
+            self._backend.close()
+        self._backend = None
+        self._check_at = 0.0
+
+
+def _run_serve(options: argparse.Namespace) -> int:
+    """Show the page of `report` live in a browser, until Ctrl-C.
+
+    It changes nothing. Only this machine can reach it, unless --host names another
+    address: then whoever reaches that one can read it, and nothing is encrypted.
+    """
+    page = _LivePage(options)
+    page.render("1h")  # what is wrong with the file is said now
+    with _make_server(options.host, options.port, page) as server:
+        host = f"[{options.host}]" if ":" in options.host else options.host
+        print(f"http://{host}:{server.server_port}/", flush=True)
+        try:
+            server.serve_forever()
+        finally:
+            page.close()
+    return 0
+
+
+def _is_our_host(header: str | None, host: str) -> bool:
+    """Tell whether a request was meant for us, by its `Host`.
+
+    A page elsewhere may have its own name resolve to our address, and then read
+    ours (DNS rebinding); so no name counts but `localhost` and what was asked for.
+    """
+    import ipaddress
+
+    name = re.sub(r":\d*$", "", header or "").strip("[]").lower()
+    if name in ("localhost", host.lower()):
+        return True
+    try:
+        address = ipaddress.ip_address(name)
+    except ValueError:
+        return False
+    return address.is_loopback or host not in _LOOPBACK
+
+
+_LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+
+def _make_server(host: str, port: int, page: _LivePage) -> Any:
+    import http.server
+    import socketserver
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        """Answers GET for the one page that there is."""
+
+        timeout = 10.0  # seconds for a request
+
+        def do_GET(self) -> None:
+            url = urllib.parse.urlsplit(self.path)
+            asked = urllib.parse.parse_qs(url.query).get("since", ["1h"])[0]
+            if not _is_our_host(self.headers.get("Host"), host):
+                self.answer(403, b"this name is not served here\n")
+            elif url.path != "/" or asked not in _RANGES:
+                self.answer(404, b"there is only one page here: /\n")
+            else:
+                self.show(asked)
+
+        do_HEAD = do_GET  # noqa: N815 -- named by http.server
+
+        def show(self, since: str) -> None:
+            try:
+                self.answer(200, page.render(since), "text/html")
+            except (OmniQError, OSError, ValueError) as error:
+                self.answer(503, _printable(str(error)).encode(errors="replace"))
+
+        def answer(self, status: int, body: bytes, kind: str = "text/plain") -> None:
+            self.send_response(status)
+            for name, value in (
+                ("Content-Type", f"{kind}; charset=utf-8"),
+                ("Content-Length", str(len(body))),
+                ("Cache-Control", "no-store"),
+                ("Content-Security-Policy", "frame-ancestors 'none'"),
+                ("Cross-Origin-Resource-Policy", "same-origin"),
+                ("X-Content-Type-Options", "nosniff"),
+            ):
+                self.send_header(name, value)
+            self.end_headers()
+            if self.command != "HEAD":
+                self.wfile.write(body)
+
+        def log_message(self, format: str, *args: object) -> None:
+            """Say nothing of each request."""
+
+    class Server(http.server.ThreadingHTTPServer):
+        address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
+
+        def handle_error(self, request: object, client_address: object) -> None:
+            """Say nothing of browsers that left early."""
+
+        def server_bind(self) -> None:
+            # Without HTTPServer's look-up of our name, which may take seconds.
+            socketserver.TCPServer.server_bind(self)
+            self.server_name, self.server_port = host, self.socket.getsockname()[1]
+
+    return Server((host, port), Handler)
+
+
 # -- options --
 
 
@@ -9473,6 +10655,12 @@ _OPTIONS: dict[str, _Terms] = {
     "target": {"metavar": "COPY", "help": "the path of a new file"},
     "func": {"metavar": "FUNC", "help": "a name that the worker knows"},
     "args": {"metavar": "ARG", "nargs": "*", "help": "JSON, or else a plain string"},
+    "-o": {
+        "metavar": "PAGE",
+        "dest": "output",
+        "default": "report.html",
+        "help": "the page; - for standard output",
+    },
     "--all": {**_FLAG, "help": "without any filter"},
     "--app": {"metavar": "MODULE:REGISTRY", "required": True, "help": "the functions"},
     "--concurrency": {**_COUNT, "help": "tasks at once"},
@@ -9482,6 +10670,7 @@ _OPTIONS: dict[str, _Terms] = {
     "--follow": {**_FLAG, "help": "wait for more, until Ctrl-C"},
     "--func": {"help": "only this function"},
     "--grace": {**_SECONDS, "help": "for running tasks at the end"},
+    "--host": {"default": "127.0.0.1", "help": "the address to serve on"},
     "--json": {**_FLAG, "help": "print an object a line"},
     "--kwargs": {"metavar": "JSON", "type": _parse_value, "help": "an object"},
     "--lease": {**_SECONDS, "help": "of a claim"},
@@ -9493,6 +10682,7 @@ _OPTIONS: dict[str, _Terms] = {
     "--newer-than": {**_WHEN, "help": "ended, or else enqueued, since then"},
     "--offset": {"metavar": "N", "type": int, "default": 0, "help": "skip the first"},
     "--older-than": {**_WHEN, "help": "ended, or else enqueued, before then"},
+    "--port": {"metavar": "N", "type": int, "default": 8765, "help": "0: any"},
     "--priority": {"metavar": "N", "type": int, "help": "higher first"},
     "--processes": {**_COUNT, "help": "child processes"},
     "--queue": {"help": "this queue"},
@@ -9510,6 +10700,7 @@ _OPTIONS: dict[str, _Terms] = {
     "--unique-key": {"metavar": "KEY", "help": "add nothing while a task holds it"},
     "--until": {**_WHEN, "help": "an instant, or an age such as 10m"},
     "--until-empty": {**_FLAG, "help": "stop when no task is left"},
+    "--watch": {**_FLAG, "help": "again every second, until Ctrl-C"},
     "--worker": {"metavar": "NAME", "help": "only this worker"},
     "--workers": {**_COUNT, "default": os.cpu_count() or 1, "help": "processes"},
 }
@@ -9532,7 +10723,7 @@ _COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], int], str, str]] = {
         --retry-delay --timeout --unique-key""",
         "jobs.db thumbnail a.png 128 --kwargs '{\"crop\": true}' --delay 60",
     ),
-    "stats": (_run_stats, "file --json", "jobs.db"),
+    "stats": (_run_stats, "file --watch --json", "jobs.db --watch"),
     "list": (
         _run_list,
         f"file {_FILTERS} --limit --offset --json",
@@ -9550,6 +10741,8 @@ _COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], int], str, str]] = {
     "pause": (_run_pause, "file queues", "jobs.db mail"),
     "resume": (_run_resume, "file queues", "jobs.db mail"),
     "backup": (_run_backup, "file target", "jobs.db jobs-2026-01-31.db"),
+    "report": (_run_report, "file -o --since", "jobs.db -o jobs.html --since 24h"),
+    "serve": (_run_serve, "file --host --port", "jobs.db --port 8080"),
     "check": (_run_check, "file --worker --json", "jobs.db --worker mail-1"),
 }
 

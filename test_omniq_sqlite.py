@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import concurrent.futures
 import contextlib
@@ -13,7 +14,9 @@ import functools
 import gc
 import gzip
 import hashlib
+import html.parser
 import http
+import http.client
 import importlib.util
 import inspect
 import itertools
@@ -36,6 +39,7 @@ import textwrap
 import threading
 import time
 import types
+import urllib.parse
 from collections import Counter
 from collections.abc import (
     AsyncIterator,
@@ -53,6 +57,7 @@ from datetime import time as clock_time
 from decimal import Decimal
 from functools import partial
 from pathlib import Path
+from select import select as wait_readable
 from typing import Any, ClassVar, NoReturn, cast
 from uuid import UUID
 from zoneinfo import ZoneInfo
@@ -11411,6 +11416,7 @@ class TestWorkerLogging:
 
 MODULE = Path(omniq_sqlite.__file__)
 READING = ["stats", "list", "show", "events", "check"]
+PAGES = ["report", "serve"]
 WRITING = ["demo", "worker", "enqueue", "retry", "cancel", "purge", "pause", "resume"]
 WRITING += ["backup"]
 
@@ -12140,6 +12146,134 @@ class TestStats:
         assert (status, output, is_one_line(errors)) == (1, "", True)
 
 
+class TestWatch:
+    @pytest.fixture
+    def busy(self, db: Path) -> Path:
+        """A file with a task that was done, one that runs, and one that failed."""
+        with SQLiteBackend(db, events=True) as backend:
+            backend.enqueue_many(
+                Task(f"f{n}", id=f"t{n}", max_attempts=1) for n in range(4)
+            )
+            done, failed, late = backend.queue.dequeue_many(3, worker="w1", lease=0.001)
+            backend.complete(done)
+            backend.fail(failed, ValueError("no luck"))
+            assert late.id == "t2"
+        return db
+
+    def frames(self, db: Path, count: int, *options: str, **terms: Any) -> list[str]:
+        """Return the lines of the first frames, which end at an empty output."""
+        process = command_start(
+            "stats", db, "--watch", *options, cwd=db.parent, **terms
+        )
+        assert process.stdout is not None
+        lines: list[str] = []
+        while sum("last minute" in line or "minute" in line for line in lines) < count:
+            lines.append(process.stdout.readline())
+        os.killpg(process.pid, signal.SIGINT)
+        rest, errors = finish(process, 10)
+        assert (process.returncode, errors) == (130, "")
+        return [*lines, *rest.splitlines(keepends=True)]
+
+    def test_it_shows_the_last_minute_what_runs_and_what_failed(
+        self, busy: Path
+    ) -> None:
+        text = "".join(self.frames(busy, 2))
+        assert "1 completed, 0 retry, 1 failed  (by events)" in text
+        assert re.search(
+            r"^t2 +f2 +\d:00:\d\d +over 0:00:\d\d +w1$", text, re.MULTILINE
+        )
+        assert re.search(
+            r"^t1 +0:00:\d\d +f1 +ValueError: no luck$", text, re.MULTILINE
+        )
+        assert "\x1b" not in text
+
+    def test_without_events_it_shows_what_the_tables_say(self, db: Path) -> None:
+        with SQLiteBackend(db, retention=60) as backend:
+            backend.enqueue_many([Task("f"), Task("g", max_attempts=1)])
+            done, failed = backend.queue.dequeue_many(2)
+            backend.complete(done)
+            backend.fail(failed, ValueError("no luck"))
+        text = "".join(self.frames(db, 1))
+        assert "1 completed, 0 retry, 1 failed  (by tables)" in text
+
+    def test_json_is_an_object_a_line(self, busy: Path) -> None:
+        records = lines_of("".join(self.frames(busy, 2, "--json")))
+        kinds = [record["kind"] for record in records]
+        assert kinds[:6] == ["queue", "worker", "minute"] * 2
+        counts = [records[2][kind] for kind in ("completed", "retry", "failed")]
+        assert counts == [1, 0, 1]
+
+    @pytest.mark.parametrize("size", [(24, 80), (50, 200), (6, 60)])
+    def test_a_terminal_is_redrawn_in_place_and_no_line_is_too_long(
+        self, busy: Path, size: tuple[int, int]
+    ) -> None:
+        lines, columns = size
+        shown = on_terminal("stats", busy, "--watch", size=size, seconds=2.5)
+        frames = shown.split("\x1b[H")
+        assert len(frames) >= 3
+        assert frames[0] == ""
+        for frame in frames[1:-1]:
+            assert frame.endswith("\x1b[J")
+            plain = re.sub(r"\x1b\[[\d;]*[A-Za-z]", "", frame).splitlines()
+            assert len(plain) <= lines
+            assert max(map(len, plain)) <= columns
+
+
+def on_terminal(
+    *arguments: object, size: tuple[int, int], seconds: float, **environment: str
+) -> str:
+    """Return what a command writes to a terminal of that many lines and columns."""
+    leader, follower = pty.openpty()
+    variables = {"LINES": str(size[0]), "COLUMNS": str(size[1]), "TERM": "xterm"}
+    process = command_start(
+        *arguments,
+        cwd=Path.cwd(),
+        stdout=follower,
+        stderr=follower,
+        env={"NO_COLOR": "", **variables, **environment},
+    )
+    os.close(follower)
+    ends = time.monotonic() + seconds
+    written = b""
+    with contextlib.suppress(OSError):  # how a terminal tells its end
+        while chunk := os.read(leader, 65_536):
+            written += chunk
+            if time.monotonic() > ends:
+                os.killpg(process.pid, signal.SIGINT)
+    os.close(leader)
+    finish(process, 10)
+    return written.decode().replace("\r\n", "\n")
+
+
+class TestColours:
+    def test_a_terminal_gets_colours(self, jobs: str) -> None:
+        shown = on_terminal("list", jobs, size=(24, 80), seconds=20)
+        assert "\x1b[31mfailed\x1b[0m" in shown
+        plain = re.sub(r"\x1b\[\d*m", "", shown)
+        assert max(map(len, plain.splitlines())) <= 80
+
+    @pytest.mark.parametrize("variables", [{"NO_COLOR": "1"}, {"TERM": "dumb"}])
+    def test_one_that_wants_none_gets_none(
+        self, jobs: str, variables: dict[str, str]
+    ) -> None:
+        shown = on_terminal("list", jobs, size=(24, 80), seconds=20, **variables)
+        assert "failed" in shown
+        assert "\x1b" not in shown
+
+    def test_a_pipe_gets_none(self, jobs: str, tmp_path: Path) -> None:
+        assert "\x1b" not in command_call("list", jobs, cwd=tmp_path)[1]
+
+    def test_wide_characters_take_two_columns(self, db: Path, cli: Cli) -> None:
+        with SQLiteQueue(db) as queue:
+            queue.enqueue(Task("\N{HIRAGANA LETTER A}" * 40, id="t"))
+            queue.enqueue(Task("e\N{COMBINING ACUTE ACCENT}" * 40, id="u"))
+        lines = cli("list", db)[1].splitlines()
+        assert [omniq_sqlite._width(line) for line in lines[1:]] == [
+            omniq_sqlite._width(lines[1]),
+            omniq_sqlite._width(lines[1]) - 40,
+        ]
+
+
 class TestList:
     @pytest.mark.parametrize(
         ("filters", "expected"),
@@ -12526,10 +12660,651 @@ class TestCommandCheck:
         assert cli("check", db, "--worker", "mail")[0] == 0
 
 
+# -- report --
+
+CHROMIUM = "/usr/bin/chromium"
+HOSTILE = """<script>window.pwned = 1</script>"><img src=x onerror=pwned=1>'{{}}$x"""
+
+
+def make_history(path: Path, *, events: bool, name: str = "") -> None:
+    """Make a file in which, within two hours, all sorts of things happened."""
+    now = time.time() - 7_200
+    with SQLiteBackend(
+        path,
+        events=events,
+        clock=lambda: now,
+        retention=0 if events else 9_999,
+        synchronous="NORMAL",
+    ) as backend:
+        for number in range(60):
+            task = Task(f"f{number % 3}{name}", queue=f"q{name}", max_attempts=2)
+            backend.enqueue(task)
+            now += 30
+            claimed = backend.queue.dequeue(f"q{name}", worker=f"w{name}")
+            assert claimed is not None
+            now += 1 + 10 * int(claimed.func[1])
+            if number % 5:
+                backend.complete(claimed, "a secret")
+            else:
+                error = raised(f"no luck with '{number}'{name}")
+                backend.fail(claimed, error, retry=number % 2 == 0, delay=1)
+        now = time.time() - 60
+        backend.enqueue_many(Task(f"later{name}") for _ in range(4))
+        backend.enqueue(Task("far"), delay=9_999)
+        backend.queue.dequeue("default", worker=f"w{name}", lease=10)
+        backend.queue.pause(f"paused{name}")
+
+
+def raised(message: str) -> ValueError:
+    """Return an error with a traceback."""
+    with pytest.raises(ValueError, match="no luck") as caught:
+        raise ValueError(message)
+    return caught.value
+
+
+class Page(html.parser.HTMLParser):
+    """A page as a browser would read it: its elements, and the text of each section."""
+
+    def __init__(self, source: str) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.sections: dict[str, str] = {}
+        self._open: list[str] = []
+        self._section = ""
+        self.feed(source)
+        self.close()
+        assert self._open == []
+
+    def handle_starttag(self, tag: str, attrs: Any) -> None:
+        self.elements.append((tag, dict(attrs)))
+        if tag not in ("meta", "link"):
+            self._open.append(tag)
+        if tag == "section":
+            self._section = dict(attrs)["id"]
+            self.sections[self._section] = ""
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self._open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if "title" not in self._open and self._section:
+            self.sections[self._section] += data + "|"
+
+    @property
+    def tags(self) -> set[str]:
+        return {tag for tag, _ in self.elements}
+
+
+def report_on(db: Path, cli: Cli, *options: str) -> Page:
+    status, output, errors = cli("report", db, "-o", "-", *options)
+    assert (status, errors) == (0, "")
+    return Page(output)
+
+
+class TestReport:
+    @pytest.mark.parametrize("events", [True, False])
+    def test_it_shows_what_goes_on_and_what_went_on(
+        self, db: Path, cli: Cli, events: bool
+    ) -> None:
+        make_history(db, events=events)
+        found = report_on(db, cli).sections
+        assert list(found) == [
+            "now", "depth", "throughput", "waits", "runs", "failures", "functions",
+            "running", "queues", "workers", "health",
+        ]  # fmt: skip
+        assert "|overdue|1|" in found["now"]
+        assert "|failed|6|" in found["now"]
+        assert (
+            f"48 completed; {6 if events else 0} failed, run again; 6 failed"
+            in (found["throughput"])
+        )
+        assert "half within" in found["waits"]
+        assert ">" not in found["functions"]
+        order = re.findall(r"\bf\d\b", found["functions"])
+        assert order == ["f2", "f1", "f0"]
+        assert "|later|" in found["running"]
+        assert "over 0:00:" in found["running"]
+        assert "paused" in found["queues"]
+        assert "1 leases in queue 'default' are over" in found["health"]
+
+    def test_failures_are_grouped_by_error_with_one_traceback_each(
+        self, db: Path, cli: Cli
+    ) -> None:
+        make_history(db, events=True)
+        text = report_on(db, cli).sections["failures"]
+        assert re.findall(r"(\d+) \N{MULTIPLICATION SIGN}", text) == ["6"]
+        assert text.count("Traceback (most recent call last)") == 1
+        assert "ValueError: no luck with '55'" in text
+        assert re.search(r"In f\d(, f\d)*; last at 20", text)
+
+    def test_without_events_it_says_what_is_missing(self, db: Path, cli: Cli) -> None:
+        make_history(db, events=False)
+        text = cli("report", db, "-o", "-")[1]
+        assert "No events are logged in this file" in text
+        make_history(db.with_name("e.db"), events=True)
+        text = cli("report", db.with_name("e.db"), "-o", "-")[1]
+        assert "No events are logged in this file" not in text
+
+    def test_it_takes_the_past_since_an_instant(self, db: Path, cli: Cli) -> None:
+        make_history(db, events=True)
+        found = report_on(db, cli, "--since", "10m").sections
+        assert "0 completed" in found["throughput"]
+        assert found["failures"].endswith("|none|")
+
+    def test_it_says_when_it_looked_at_the_newest_events_only(
+        self, db: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        make_history(db, events=True)
+        monkeypatch.setattr(omniq_sqlite, "_PAST_LIMIT", 50)
+        assert "the newest 50 events since" in cli("report", db, "-o", "-")[1]
+
+    def test_an_empty_file_has_a_page(self, db: Path, cli: Cli) -> None:
+        with SQLiteBackend(db):
+            pass
+        found = report_on(db, cli).sections
+        assert found["failures"].endswith("|none|")
+        assert "check() found nothing wrong." in found["health"]
+
+    def test_it_is_one_page_that_loads_nothing(self, db: Path, cli: Cli) -> None:
+        make_history(db, events=True)
+        page = report_on(db, cli)
+        assert page.tags.isdisjoint({"script", "img", "iframe", "object", "form"})
+        links = {a.get("href") for _, a in page.elements} - {None}
+        assert links == {"data:,", "#now"}
+        assert not [a for _, a in page.elements if "src" in a]
+        [policy] = [a["content"] for _, a in page.elements if "http-equiv" in a]
+        assert policy is not None
+        assert "default-src 'none'" in policy
+        assert "script-src 'none'" in policy
+
+    def test_arguments_and_results_are_not_in_it(self, db: Path, cli: Cli) -> None:
+        make_history(db, events=True)
+        with SQLiteQueue(db) as queue:
+            queue.enqueue(Task("f", ("a secret",), metadata={"token": "a secret"}))
+        assert "a secret" not in cli("report", db, "-o", "-")[1]
+
+    @pytest.mark.parametrize("events", [True, False])
+    def test_everything_is_escaped(self, db: Path, cli: Cli, events: bool) -> None:
+        make_history(db, events=events, name=HOSTILE)
+        page = report_on(db, cli)
+        assert page.tags.isdisjoint({"script", "img"})
+        for section in ("failures", "functions", "running", "queues", "workers"):
+            assert HOSTILE in page.sections[section].replace("|", "")
+
+    def test_it_is_readable_by_its_owner_only(
+        self, jobs: str, tmp_path: Path, cli: Cli
+    ) -> None:
+        status, output, _ = cli("report", jobs, "-o", tmp_path / "r.html")
+        assert (status, "r.html" in output) == (0, True)
+        assert stat.S_IMODE((tmp_path / "r.html").stat().st_mode) == 0o600
+        Page((tmp_path / "r.html").read_text())
+
+    def test_it_is_never_written_over_the_database(
+        self, jobs: str, tmp_path: Path, cli: Cli
+    ) -> None:
+        (tmp_path / "link").symlink_to(jobs)
+        before = status_by_id(jobs)
+        for target in (jobs, tmp_path / "link"):
+            status, _, errors = cli("report", jobs, "-o", target)
+            assert (status, is_one_line(errors)) == (2, True)
+        assert status_by_id(jobs) == before
+
+    def test_the_depth_is_reckoned_back_from_what_is_there_now(self) -> None:
+        rows = [
+            (0.0, "enqueued", "a", None, "{}"),
+            (30.0, "enqueued", "b", None, "{}"),
+            (70.0, "dequeued", "a", None, '{"attempt": 1, "func": "f"}'),
+            (80.0, "retry", "a", None, '{"attempt": 1, "delay": 1.0}'),
+            (130.0, "dequeued", "a", None, '{"attempt": 2, "func": "f"}'),
+            (131.5, "completed", "a", None, '{"attempt": 2}'),
+            (150.0, "custom", "a", None, "{}"),
+            (190.0, "cancelled", "b", None, "{}"),
+            (191.0, "retry", "c", None, "{}"),
+            (192.0, "dequeued", "d", None, "not JSON"),
+        ]
+        history = omniq_sqlite._History("events", rows)
+        assert history.waits == [70.0]
+        assert history.runs == [("f", "retry", 10.0), ("f", "completed", 1.5)]
+        spans = omniq_sqlite._Spans(0.0, 239.0)
+        assert (spans.start, spans.width) == (0, 5)
+        spans.width, spans.count = 60, 4
+        seen = omniq_sqlite._Overview(
+            at(0), [QueueStats("q", pending=3, running=1)], [], [], [], history
+        )
+        page = Page(omniq_sqlite._chart_depth(seen, spans))
+        titles = [a["aria-label"] for _, a in page.elements if "aria-label" in a]
+        assert titles[0] == (
+            "Depth over time. Now 4, at most 5; what waits is scheduled or pending."
+        )
+        depths = [(c["waiting"], c["running"]) for c in spans.sort(history)]
+        assert depths == [(2, 0), (0, 0), (-1, 0), (-1, 1)]
+
+    @pytest.mark.parametrize(
+        ("since", "until", "width"),
+        [(0, 1, 1), (0, 600, 10), (0, 3_600, 60), (1e9, 1e9 + 86_400, 900),
+         (0, 30 * 86_400, 43_200), (0, 3_650 * 86_400, 31 * 86_400)],
+    )  # fmt: skip
+    def test_time_is_cut_into_spans_that_are_easy_to_read(
+        self, since: float, until: float, width: float
+    ) -> None:
+        spans = omniq_sqlite._Spans(since, until)
+        assert spans.width == width
+        assert spans.count <= 120
+        assert spans.start <= since
+        assert spans.start + spans.count * spans.width >= until
+
+    @pytest.mark.parametrize(
+        ("seconds", "text"),
+        [(0, "0 ms"), (0.0123, "12 ms"), (0.5, "0.5 s"), (12.3, "12 s"),
+         (59.6, "0:01:00"),
+         (60, "1 min"), (7_200, "2 h"), (3_725, "1:02:05"), (200_000, "2 d 7 h")],
+    )  # fmt: skip
+    def test_times_are_short(self, seconds: float, text: str) -> None:
+        assert omniq_sqlite._show_seconds(seconds) == text
+
+    @pytest.mark.parametrize(
+        ("value", "top"), [(0, 2), (1, 1), (3, 4), (55, 60), (99, 100), (0.03, 0.04)]
+    )
+    def test_a_scale_ends_at_a_round_number(self, value: float, top: float) -> None:
+        assert omniq_sqlite._round_up(value) == pytest.approx(top)
+
+    def test_what_only_pages_need_is_imported_for_them(self) -> None:
+        program = "import omniq_sqlite, sys; print(*sys.modules)"
+        done = command_call(cwd=Path.cwd(), program=("-c", program))
+        loaded = set(done[1].split())
+        assert loaded.isdisjoint({"argparse", "html", "http.server"})
+
+
+# -- serve --
+
+
+@pytest.fixture
+def served(db: Path) -> Iterator[str]:
+    """The address of a live page on a file with a history."""
+    make_history(db, events=True)
+    process = command_start("serve", db, "--port", "0", cwd=db.parent)
+    assert process.stdout is not None
+    address = process.stdout.readline().strip()
+    yield address
+    os.killpg(process.pid, signal.SIGINT)
+    assert finish(process, 10) == ("", "")
+    assert process.returncode == 130
+
+
+def ask(
+    address: str, path: str = "/", method: str = "GET", **headers: str
+) -> tuple[int, str, Any]:
+    """Return status, text and headers of an answer."""
+    url = urllib.parse.urlsplit(address)
+    client = http.client.HTTPConnection(url.hostname or "", url.port, timeout=20)
+    with closing(client):
+        client.putrequest(method, path, skip_host="Host" in headers)
+        for name, value in headers.items():
+            if value:
+                client.putheader(name, value)
+        client.endheaders()
+        answer = client.getresponse()
+        return answer.status, answer.read().decode(), answer.headers
+
+
+class TestServe:
+    def test_it_shows_the_page_of_the_report_live(self, served: str) -> None:
+        assert served.startswith("http://127.0.0.1:")
+        status, text, headers = ask(served, "/?since=24h")
+        page = Page(text)
+        assert (status, headers["Content-Type"]) == (200, "text/html; charset=utf-8")
+        assert headers["Cache-Control"] == "no-store"
+        assert headers["Content-Security-Policy"] == "frame-ancestors 'none'"
+        assert "48 completed" in page.sections["throughput"]
+        current = [a["href"] for _, a in page.elements if "aria-current" in a]
+        assert current == ["?since=24h"]
+
+    def test_another_name_for_our_address_is_refused(self, served: str) -> None:
+        status, text, _ = ask(served, Host="evil.example")
+        assert (status, "<html" in text) == (403, False)
+        assert ask(served, Host="")[0] == 403
+        assert ask(served, Host="localhost:99")[0] == 200
+
+    @pytest.mark.parametrize(
+        ("host", "ours"),
+        [
+            ("127.0.0.1:1", True),
+            ("127.0.0.1", True),
+            ("LOCALHOST:80", True),
+            ("[::1]:5", True),
+            ("[::1]", True),
+            (None, False),
+            ("evil.example:80", False),
+            ("127.0.0.1.evil.example", False),
+            ("localhost.evil.example", False),
+            ("127.0.0.1@evil.example", False),
+            ("0x7f000001", False),
+            ("192.0.2.7", False),
+        ],
+    )
+    def test_only_this_machine_is_our_host(self, host: str | None, ours: bool) -> None:
+        assert omniq_sqlite._is_our_host(host, "127.0.0.1") is ours
+
+    @pytest.mark.parametrize(
+        ("host", "ours"),
+        [("192.0.2.7:80", True), ("box.lan", True), ("evil.example", False)],
+    )
+    def test_an_address_that_was_asked_for_is_our_host(
+        self, host: str, ours: bool
+    ) -> None:
+        assert omniq_sqlite._is_our_host(host, "box.lan") is ours
+
+    def test_nothing_else_is_served(self, served: str) -> None:
+        for path in ("/x", "/../../etc/passwd", "/?since=x", "//127.0.0.1/x"):
+            assert ask(served, path)[0] == 404
+        for method in ("POST", "PUT", "DELETE"):
+            assert ask(served, method=method)[0] == 501
+        assert ask(served, method="HEAD")[:2] == (200, "")
+
+    def test_another_address_is_served_when_asked(self, db: Path) -> None:
+        with SQLiteBackend(db):
+            pass
+        everywhere = "0.0.0.0"  # noqa: S104 -- what is tested
+        process = command_start(
+            "serve", db, "--port", "0", "--host", everywhere, cwd=db.parent
+        )
+        assert process.stdout is not None
+        address = process.stdout.readline().strip()
+        try:
+            assert ask(address, Host="192.0.2.7")[0] == 200
+            assert ask(address, Host="evil.example")[0] == 403
+        finally:
+            os.killpg(process.pid, signal.SIGINT)
+            finish(process, 10)
+
+    def test_a_port_that_is_taken_is_one_clear_line(
+        self, served: str, db: Path, cli: Cli
+    ) -> None:
+        port = urllib.parse.urlsplit(served).port
+        status, output, errors = cli("serve", db, "--port", port)
+        assert (status, output, is_one_line(errors)) == (2, "", True)
+
+    def test_a_file_that_was_replaced_is_opened_anew(
+        self, served: str, db: Path
+    ) -> None:
+        with SQLiteQueue(db) as queue:
+            queue.enqueue(Task("f", queue="old"))
+        assert ask(served)[0] == 200
+        away = db.with_name("away.db")
+        for suffix in ("", "-wal", "-shm"):
+            with contextlib.suppress(FileNotFoundError):
+                os.rename(f"{db}{suffix}", f"{away}{suffix}")
+        status, text, _ = ask(served, "/?since=15m")
+        assert (status, "\n" in text) == (503, False)
+        with SQLiteQueue(db) as queue:
+            queue.enqueue(Task("f", queue="fresh"))
+        until(lambda: "fresh" in ask(served, "/?since=7d")[1])
+
+    def test_many_readers_cost_one_page_a_second(
+        self, db: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        make_history(db, events=True)
+        made: list[None] = []
+        real = omniq_sqlite._render_page
+
+        def render(*arguments: Any) -> bytes:
+            made.append(None)
+            return real(*arguments)
+
+        monkeypatch.setattr(omniq_sqlite, "_render_page", render)
+        live = omniq_sqlite._LivePage(argparse.Namespace(file=str(db)))
+        with closing(live), concurrent.futures.ThreadPoolExecutor(8) as pool:
+            started = time.monotonic()
+            pages = list(pool.map(live.render, ["1h"] * 40))
+            took = time.monotonic() - started
+        assert len(pages) == 40
+        assert len(made) <= 1 + took
+
+
+# -- pages in a browser --
+
+
+class Browser:
+    """Chromium without a window, driven through a pipe by its DevTools protocol."""
+
+    # The protocol is spoken on descriptors 3 and 4.
+    LAUNCH = (
+        "import os, sys; read, write = map(int, sys.argv[1:3]);"
+        "read, write = os.dup(os.dup(read)), os.dup(os.dup(write));"
+        "os.dup2(read, 3); os.dup2(write, 4); os.execv(sys.argv[3], sys.argv[3:])"
+    )
+    FLAGS = """--headless --no-sandbox --disable-gpu --disable-quic --no-first-run
+        --disable-background-networking --disable-component-update --disable-sync
+        --remote-debugging-pipe""".split()
+
+    def __init__(self, profile: Path) -> None:
+        read, self._write = os.pipe()
+        self._read, write = os.pipe()
+        launch = [sys.executable, "-c", self.LAUNCH, str(read), str(write), CHROMIUM]
+        self._process = subprocess.Popen(
+            [*launch, *self.FLAGS, f"--user-data-dir={profile}", "about:blank"],
+            pass_fds=(read, write),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        os.close(read)
+        os.close(write)
+        self._buffer = b""
+        self._count = 0
+        self._session: dict[str, str] = {}
+        self.heard: list[dict[str, Any]] = []
+        target = self.call("Target.createTarget", url="about:blank")
+        session = self.call("Target.attachToTarget", flatten=True, **target)
+        self._session = {"sessionId": session["sessionId"]}
+        for domain in ("Page", "Runtime", "Network", "Log", "Accessibility"):
+            self.call(f"{domain}.enable")
+
+    def call(self, method: str, **params: Any) -> dict[str, Any]:
+        self._count += 1
+        message = {"id": self._count, "method": method, "params": params}
+        os.write(self._write, json.dumps(message | self._session).encode() + b"\0")
+        while True:
+            answer = self._receive()
+            if answer.get("id") == self._count:
+                assert "error" not in answer, answer
+                result: dict[str, Any] = answer["result"]
+                return result
+            self.heard.append(answer)
+
+    def _receive(self) -> dict[str, Any]:
+        while b"\0" not in self._buffer:
+            assert wait_readable([self._read], [], [], 30)[0], "no answer"
+            chunk = os.read(self._read, 1 << 20)
+            assert chunk, "the browser has ended"
+            self._buffer += chunk
+        message, _, self._buffer = self._buffer.partition(b"\0")
+        answer: dict[str, Any] = json.loads(message)
+        return answer
+
+    def run(self, script: str) -> Any:
+        """Return the value of some JavaScript."""
+        found = self.call("Runtime.evaluate", expression=script, returnByValue=True)
+        assert "exceptionDetails" not in found, found
+        return found["result"].get("value")
+
+    def open(self, address: str, *, width: int = 1280, dark: bool = False) -> None:
+        self.heard.clear()
+        size = {"width": width, "height": 800, "deviceScaleFactor": 1}
+        self.call("Emulation.setDeviceMetricsOverride", mobile=width < 600, **size)
+        scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
+        self.call("Emulation.setEmulatedMedia", features=[scheme])
+        self.call("Page.navigate", url=address)
+        ready = "document.readyState == 'complete' && location.href != 'about:blank'"
+        until(lambda: self.run(ready))
+
+    def complaints(self) -> list[dict[str, Any]]:
+        kinds = (
+            "Log.entryAdded",
+            "Runtime.exceptionThrown",
+            "Runtime.consoleAPICalled",
+        )
+        return [event for event in self.heard if event.get("method") in kinds]
+
+    def requests(self) -> list[str]:
+        kind = "Network.requestWillBeSent"
+        sent = [e["params"]["request"] for e in self.heard if e.get("method") == kind]
+        return [request["url"] for request in sent]
+
+    def close(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+        os.close(self._read)
+        os.close(self._write)
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    if not os.access(CHROMIUM, os.X_OK):
+        pytest.skip(f"needs {CHROMIUM} (Debian: apt-get install chromium)")
+    with closing(Browser(tmp_path_factory.mktemp("chromium"))) as started:
+        yield started
+
+
+# The lowest contrast of any text with what is behind it (WCAG 2: at least 4.5).
+LOWEST_CONTRAST = """
+(() => {
+  const parse = text => text.match(/[\\d.]+/g).map(Number);
+  const light = rgb => rgb.slice(0, 3).map(c => c / 255)
+    .map(c => c <= 0.03928 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4)
+    .reduce((sum, c, i) => sum + c * [0.2126, 0.7152, 0.0722][i], 0);
+  const behind = e => {
+    for (; e; e = e.parentElement) {
+      const colour = parse(getComputedStyle(e).backgroundColor);
+      if (colour.length == 3 || colour[3] == 1) return colour;
+    }
+    return [255, 255, 255];
+  };
+  let lowest = [21, ''];
+  const texts = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+  while (texts.nextNode()) {
+    const e = texts.currentNode.parentElement;
+    if (!texts.currentNode.data.trim() || e.closest('script, style, svg')) continue;
+    const [a, b] = [light(parse(getComputedStyle(e).color)), light(behind(e))];
+    const ratio = (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
+    if (ratio < lowest[0]) lowest = [ratio, e.outerHTML.slice(0, 200)];
+  }
+  return lowest;
+})()
+"""
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The address of a report on a file full of hostile names."""
+    folder = tmp_path_factory.mktemp("report")
+    make_history(folder / "d.db", events=True, name=HOSTILE)
+    status = main(["report", str(folder / "d.db"), "-o", str(folder / "r.html")])
+    assert status == 0
+    return (folder / "r.html").as_uri()
+
+
+class TestPagesInABrowser:
+    @pytest.mark.parametrize("width", [360, 768, 1280])
+    @pytest.mark.parametrize("dark", [False, True])
+    def test_it_is_readable_in_both_schemes_at_any_width(
+        self, browser: Browser, page: str, width: int, dark: bool
+    ) -> None:
+        browser.open(page, width=width, dark=dark)
+        browser.run("document.querySelectorAll('details').forEach(e => e.open = true)")
+        assert browser.run("document.documentElement.scrollWidth") <= width
+        lowest, where = browser.run(LOWEST_CONTRAST)
+        assert lowest >= 4.5, where
+        back = browser.run("getComputedStyle(document.body).backgroundColor")
+        assert back == ("rgb(13, 17, 23)" if dark else "rgb(255, 255, 255)")
+        too_small = "[...document.querySelectorAll('main *:not(svg *)')].filter(e =>"
+        too_small += " parseFloat(getComputedStyle(e).fontSize) < 11.5).length"
+        assert browser.run(too_small) == 0
+
+    def test_hostile_names_run_nothing_and_nothing_is_loaded(
+        self, browser: Browser, page: str
+    ) -> None:
+        browser.open(page)
+        assert browser.run("window.pwned === undefined") is True
+        assert browser.run("document.querySelectorAll('script, img').length") == 0
+        assert browser.complaints() == []
+        assert browser.requests() == [page]
+
+    def test_a_screen_reader_finds_names_for_all_there_is(
+        self, browser: Browser, page: str
+    ) -> None:
+        browser.open(page)
+        nodes = browser.call("Accessibility.getFullAXTree")["nodes"]
+        named = Counter(
+            (node["role"]["value"], bool(node.get("name", {}).get("value")))
+            for node in nodes
+            if not node["ignored"]
+        )
+        assert named["image", True] == 4
+        assert named["heading", True] == 12
+        assert named["table", False] >= 5  # each within a region that has a name
+        for role in ("image", "heading", "region", "link", "button"):
+            assert named[role, False] == 0
+
+    def test_the_keyboard_reaches_what_opens_and_what_scrolls(
+        self, browser: Browser, page: str
+    ) -> None:
+        browser.open(page)
+        reached = []
+        for _ in range(40):
+            for kind in ("keyDown", "keyUp"):
+                browser.call("Input.dispatchKeyEvent", type=kind, key="Tab", code="Tab",
+                             windowsVirtualKeyCode=9)  # fmt: skip
+            reached.append(browser.run("document.activeElement.localName"))
+            if reached[-1] == "body":
+                break
+        wanted = "document.querySelectorAll('summary, main > section > div').length"
+        assert reached[0] == "a"  # skips to the content
+        assert reached.count("summary") + reached.count("div") == browser.run(wanted)
+
+    def test_the_live_page_refreshes_and_leaves_what_is_looked_at(
+        self, browser: Browser, served: str, db: Path
+    ) -> None:
+        browser.open(f"{served}?since=24h", width=360)
+        browser.run("document.querySelector('#failures details').open = true")
+        browser.run("document.querySelector('#failures summary').focus()")
+        browser.run("document.querySelector('#queues .scroll').scrollLeft = 40")
+        browser.run("window.scrollTo(0, 1500)")
+        browser.run("window.kept = 'this very page'")
+        with SQLiteQueue(db) as queue:
+            queue.enqueue(Task("f", queue="fresh"))
+        shown = "document.querySelector('#queues').textContent.includes('fresh')"
+        until(lambda: browser.run(shown))
+        assert browser.run("window.kept") == "this very page"
+        assert browser.run("window.scrollY") == 1500
+        assert browser.run("document.querySelector('#queues .scroll').scrollLeft") == 40
+        assert browser.run("document.querySelector('#failures details').open") is True
+        assert browser.run("document.activeElement.localName") == "summary"
+        assert browser.complaints() == []
+
+    def test_a_live_page_can_be_paused_and_says_when_nobody_answers(
+        self, browser: Browser, db: Path
+    ) -> None:
+        with SQLiteBackend(db):
+            pass
+        process = command_start("serve", db, "--port", "0", cwd=db.parent)
+        assert process.stdout is not None
+        browser.open(process.stdout.readline().strip())
+        browser.run("document.getElementById('pause').click()")
+        os.killpg(process.pid, signal.SIGINT)
+        finish(process, 10)
+        state = "document.getElementById('state').textContent"
+        time.sleep(2.5)
+        assert browser.run(state) == ""
+        browser.run("document.getElementById('pause').click()")
+        until(lambda: browser.run(state).startswith("No answer: "))
+
+
 # -- main --
 
 
-@pytest.mark.parametrize("command", READING)
+@pytest.mark.parametrize("command", [*READING, *PAGES])
 class TestReading:
     def read(self, command: str, path: Path, cli: Cli) -> str:
         """Return the one line of an error."""
@@ -12563,17 +13338,56 @@ class TestReading:
 
 
 class TestMain:
-    @pytest.mark.parametrize("command", [*WRITING, *READING])
+    @pytest.mark.parametrize("command", [*WRITING, *READING, *PAGES])
     def test_help_has_an_example(self, command: str, cli: Cli) -> None:
         status, output, _ = cli(command, "--help")
         assert status == 0
         assert f"example:\n  omniq-sqlite {command} " in output
         assert ("--json" in output) == (command in READING)
 
+    def test_every_command_is_tested(self) -> None:
+        tested = {*WRITING, *READING, *PAGES}
+        assert set(omniq_sqlite._COMMANDS) == tested
+
+    def test_every_option_is_used_and_the_same_in_all_commands(self) -> None:
+        used = {
+            o for _, terms, _ in omniq_sqlite._COMMANDS.values() for o in terms.split()
+        }
+        assert set(omniq_sqlite._OPTIONS) == used
+
+    @pytest.mark.parametrize(
+        "missing", [["aiosqlite"], ["anyio"], ["aiosqlite", "anyio"]]
+    )
+    def test_the_bare_file_says_which_packages_are_missing(
+        self, missing: list[str], tmp_path: Path
+    ) -> None:
+        there = tmp_path / "packages"
+        there.mkdir()
+        for name in {"aiosqlite", "anyio"}.difference(missing):
+            (there / f"{name}.py").touch()
+        copy_of = shutil.copy(MODULE, tmp_path / "queue_of_ours.py")
+        outcome = subprocess.run(
+            [sys.executable, "-S", copy_of, "--help"],
+            env={"PYTHONPATH": str(there), "PATH": os.environ["PATH"]},
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+        assert (outcome.returncode, outcome.stdout) == (2, "")
+        assert is_one_line(outcome.stderr)
+        assert re.findall(r"'(\w+)>=[\d.]+'", outcome.stderr) == missing
+
+    def test_the_bare_file_has_its_help(self, tmp_path: Path) -> None:
+        shutil.copy(MODULE, tmp_path / "queue_of_ours.py")
+        outcome = command_call("--help", cwd=tmp_path, program=("queue_of_ours.py",))
+        assert (outcome[0], outcome[2]) == (0, "")
+        assert outcome[1].startswith("usage: python queue_of_ours.py [-h]")
+
     def test_help_lists_the_commands(self, cli: Cli) -> None:
         status, output, _ = cli("--help")
         assert status == 0
-        assert all(command in output for command in [*WRITING, *READING])
+        assert all(command in output for command in [*WRITING, *READING, *PAGES])
 
     def test_it_tells_its_version(self, cli: Cli) -> None:
         assert cli("--version") == (0, f"{omniq_sqlite.__version__}\n", "")
@@ -13061,6 +13875,7 @@ BLOCK_RUNNER = r"""
 import ast, asyncio, contextlib, importlib, inspect, io, json, shlex, shutil, signal
 import subprocess, sys
 from pathlib import Path
+from select import select as wait_readable
 
 namespace = {"__name__": "__main__"}
 printed = io.StringIO()
