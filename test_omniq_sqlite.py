@@ -14428,6 +14428,88 @@ for span in exporter.get_finished_spans():
         assert not any(cell.get("outputs") for cell in notebook["cells"])
 
 
+class TestCopies:
+    """`omniq_sqlite.py` under another name, in a package of the application."""
+
+    PROGRAM = """
+import pickle
+import omniq_sqlite
+from shop import _queue as copy
+from shop.jobs import count_words, divide, tasks
+
+
+def main():
+    theirs = omniq_sqlite.SQLiteBackend("jobs.db")
+    first = theirs.enqueue(omniq_sqlite.Task("count_words", ("a b c",)))
+    with copy.SQLiteBackend("jobs.db") as backend:
+        wrong = backend.enqueue(divide.task(1, 0))
+        assert copy.Worker(backend, tasks).run(until_empty=True, processes=2) == 0
+        assert theirs.result(first).value == 3
+        for value in (
+            backend, backend.queue, backend.result(wrong), copy.LeaseLostError(["x"]),
+            tasks, count_words, count_words.task("a"),
+        ):
+            again = pickle.loads(pickle.dumps(value))
+            print(type(again).__module__, type(again).__name__)
+
+
+if __name__ == "__main__":
+    main()
+"""
+
+    @pytest.fixture
+    def package(self, tmp_path: Path) -> Path:
+        package = tmp_path / "place/shop"
+        package.mkdir(parents=True)
+        (package / "__init__.py").touch()
+        shutil.copy(ROOT / "omniq_sqlite.py", package / "_queue.py")
+        jobs = (EXAMPLES / "jobs.py").read_text(encoding="utf-8")
+        jobs = jobs.replace("from omniq_sqlite import", "from shop._queue import")
+        (package / "jobs.py").write_text(jobs, encoding="utf-8")
+        return package
+
+    def test_spawn_pickle_and_a_second_copy_work(
+        self, tmp_path: Path, package: Path
+    ) -> None:
+        (package.parent / "main.py").write_text(self.PROGRAM, encoding="utf-8")
+        shown = example_run(tmp_path, sys.executable, "main.py")
+        names = """SQLiteBackend SQLiteQueue TaskResult LeaseLostError TaskRegistry
+            TaskFunction Task"""
+        assert shown.splitlines() == [f"shop._queue {name}" for name in names.split()]
+
+    def test_its_commands_run_under_its_name(
+        self, tmp_path: Path, package: Path
+    ) -> None:
+        run = partial(example_run, tmp_path, sys.executable, "-m", "shop._queue")
+        run("enqueue", "jobs.db", "count_words", "a b c")
+        run("worker", "jobs.db", "--app", "shop.jobs:tasks", "--until-empty")
+        run("list", "jobs.db", status=1)  # none is left
+
+    def test_the_older_of_two_copies_says_that_it_is_too_old(
+        self, tmp_path: Path, package: Path
+    ) -> None:
+        text = (package / "_queue.py").read_text(encoding="utf-8")
+        step = '("CREATE INDEX main.omniq_task_by_func ON omniq_task (func)",)'
+        text += f'\n__version__ = "99.0"\nMIGRATIONS["queue"].append({step})\n'
+        (package / "newer.py").write_text(text, encoding="utf-8")
+        program = """
+from shop import _queue as older, newer
+
+with older.SQLiteQueue("jobs.db") as queue:
+    queue.enqueue(older.Task("x"))
+with newer.SQLiteQueue("jobs.db") as queue:
+    assert queue.dequeue().func == "x"
+try:
+    older.SQLiteQueue("jobs.db").count_tasks()
+except older.SchemaVersionError as error:
+    print(error.component, "|", error)
+"""
+        shown = example_run(tmp_path, sys.executable, "-c", program)
+        assert shown.startswith("queue | database ")
+        assert f"newer omniq_sqlite than this one ({omniq_sqlite.__version__})" in shown
+        assert shown.endswith("which knows up to 1; update it\n")
+
+
 class TestDeployment:
     """Files of `examples/deploy`: what they start works as they say."""
 
