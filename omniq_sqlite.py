@@ -2457,6 +2457,18 @@ def _network_filesystem(path: str) -> str | None:
     return name if name in _NETWORK_FILESYSTEMS else None
 
 
+def _create_folders(folder: Path) -> None:
+    """Create what is missing of a path, each for its owner only.
+
+    `os.makedirs` gives those in between what the umask allows.
+    """
+    missing = itertools.takewhile(lambda f: not f.exists(), (folder, *folder.parents))
+    for new in reversed(list(missing)):
+        with contextlib.suppress(FileExistsError):  # another process was faster
+            new.mkdir(mode=0o700)
+            new.chmod(0o700)
+
+
 def _create_file(path: str) -> None:
     """Create an empty database that only its owner can read, if there is none.
 
@@ -2464,8 +2476,7 @@ def _create_file(path: str) -> None:
     `-wal` and `-shm` beside it the same mode. The descriptor is closed before
     the name exists, so that no lock is dropped.
     """
-    folder = os.path.dirname(path)
-    os.makedirs(folder, mode=0o700, exist_ok=True)
+    _create_folders(Path(path).parent)
     temporary = f"{path}.{os.urandom(6).hex()}.tmp"
     os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
     try:

@@ -1980,9 +1980,7 @@ FILES = ("", "-shm", "-wal")
 @POSIX
 @pytest.mark.parametrize("umask", [0o000, 0o277, 0o777])
 async def test_new_files_belong_to_their_owner_only(api: Api, umask: int) -> None:
-    folder = api.folder / "new"
-    if umask != 0 and os.geteuid() != 0:
-        folder.mkdir(mode=0o700)
+    folder = api.folder / "new" / "nested"
     before = os.umask(umask)
     try:
         backend = api.backend(folder / "jobs.db", results=folder / "results.db")
@@ -1993,6 +1991,8 @@ async def test_new_files_belong_to_their_owner_only(api: Api, umask: int) -> Non
     modes = {path.name: path.stat().st_mode & 0o777 for path in folder.iterdir()}
     names = [name + end for name in ("jobs.db", "results.db") for end in FILES]
     assert modes == dict.fromkeys(names, 0o600)
+    for new in (folder, folder.parent):
+        assert new.stat().st_mode & 0o777 == 0o700
 
 
 def make_async(kind: str, path: Path | str) -> Any:
