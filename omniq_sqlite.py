@@ -595,9 +595,16 @@ _RULES = {
 }
 
 
+_PAYLOADS = frozenset("args kwargs metadata details message error".split())
+"""Parameters that may hold secrets: errors tell the type of a value, not the value."""
+
+
 def _check(holds: bool, name: str, rule: str, value: object) -> None:
     if not holds:
-        raise ValueError(f"{name} must be {rule}, not {_show(value)}")
+        shown = (
+            f"one of type {type(value).__name__}" if name in _PAYLOADS else _show(value)
+        )
+        raise ValueError(f"{name} must be {rule}, not {shown}")
 
 
 def _check_values(**values: object) -> None:
@@ -2114,7 +2121,7 @@ def _encode_dict(values: dict[Any, Any], depth: int) -> dict[str, Any]:
     encoded: dict[str, Any] = {}
     for key, value in values.items():
         if not isinstance(key, str):
-            raise _Refused(f"the key {_shorten(repr(key), 50)} is not a string")
+            raise _Refused(f"a key of type {type(key).__name__} is not a string")
         try:
             encoded[str(key)] = _encode(value, depth + 1)
         except _Refused as refused:
@@ -2136,7 +2143,7 @@ def _encode_other(value: Any) -> Any:
         except ArithmeticError:  # a signalling NaN
             equal = False
         if not equal:  # NaN; an hour that comes twice
-            raise _Refused(f"{_show(value)} would not come back equal")
+            raise _Refused(f"this {type(value).__name__} would not come back equal")
         return {tag: encoded}
     if isinstance(value, str):
         return str.__str__(value)
@@ -7949,7 +7956,7 @@ class _Shift:
             self._log(logging.ERROR, run, "has failed for good", exc_info=error)
         else:
             text = "failed in attempt %d of %d and runs again: %s"
-            reason = f"{type(error).__name__}: {error}"
+            reason = _shorten(_error_text(error), 200)
             self._warn(run, text, run.task.attempt, run.task.max_attempts, reason)
 
     def _warn(self, run: _Run, message: str, *args: object) -> None:

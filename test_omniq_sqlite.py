@@ -5180,8 +5180,8 @@ OUT_OF_RANGE: list[tuple[dict[str, Any], str, str, str]] = [
     ({"func": ""}, "func", "string", "''"),
     ({"func": 7}, "func", "string", "7"),
     ({"func": "a\0b"}, "func", "NUL", r"'a\x00b'"),
-    ({"args": 7}, "args", "tuple", "7"),
-    ({"kwargs": [1]}, "kwargs", "mapping", "[1]"),
+    ({"args": 7}, "args", "tuple", "of type int"),
+    ({"kwargs": [1]}, "kwargs", "mapping", "of type list"),
     ({"queue": ""}, "queue", "string", "''"),
     ({"priority": 1.5}, "priority", "integer", "1.5"),
     ({"priority": True}, "priority", "integer", "True"),
@@ -5197,7 +5197,7 @@ OUT_OF_RANGE: list[tuple[dict[str, Any], str, str, str]] = [
     ({"timeout": float("inf")}, "timeout", "number", "inf"),
     ({"unique_key": ""}, "unique_key", "string", "''"),
     ({"unique_key": "\ud800"}, "unique_key", "surrogates", r"'\ud800'"),
-    ({"metadata": 7}, "metadata", "mapping", "7"),
+    ({"metadata": 7}, "metadata", "mapping", "of type int"),
     ({"id": ""}, "id", "string", "''"),
 ]
 
@@ -13855,6 +13855,67 @@ class TestHostileFile:
             )
         with pytest.raises(SchemaVersionError, match="omniq_task is not OmniQ's"):
             SQLiteQueue(path).count_tasks()
+
+
+class Unspeakable(Exception):
+    """Its text cannot be read."""
+
+    def __str__(self) -> NoReturn:
+        raise RuntimeError
+
+
+class TestSecrets:
+    """No payload is in the text of an error or in a line of the log."""
+
+    @pytest.mark.parametrize(
+        "make",
+        [
+            lambda: Task("f", cast(Any, "hunter2")),
+            lambda: Task("f", (), cast(Any, ["hunter2"])),
+            lambda: Task("f", metadata=cast(Any, "hunter2")),
+            lambda: TaskResult(
+                "id", ResultStatus.SUCCESS, metadata=cast(Any, "hunter2")
+            ),
+            lambda: TaskEvent("type", message=cast(Any, ["hunter2"])),
+            lambda: TaskEvent("type", details=cast(Any, ["hunter2"])),
+            lambda: SQLiteQueue(":memory:").enqueue(Task("f", ({("hunter2",): 1},))),
+            lambda: SQLiteQueue(":memory:").enqueue(Task("f", (Decimal("NaN42"),))),
+        ],
+    )
+    def test_a_refused_payload_is_told_by_its_type(self, make: Any) -> None:
+        with pytest.raises(ValueError, match=r"str|list|tuple|Decimal") as caught:
+            make()
+        assert "hunter2" not in str(caught.value)
+        assert "42" not in str(caught.value)
+
+    def test_a_worker_logs_no_payload_and_no_long_text(
+        self, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        caplog.set_level(logging.DEBUG, "omniq_sqlite")
+        tasks = TaskRegistry()
+
+        @tasks.register(max_attempts=2, retry_delay=0)
+        def talk(_secret: str) -> None:
+            raise ValueError("x" * 100_000)
+
+        @tasks.register(max_attempts=2, retry_delay=0)
+        def mumble(_secret: str) -> None:
+            raise Unspeakable
+
+        @tasks.register(max_attempts=2, retry_delay=0)
+        def mistake() -> None: ...
+
+        with SQLiteBackend(":memory:") as backend:
+            backend.enqueue_many([talk.task("hunter2"), mumble.task("hunter2")])
+            backend.enqueue(
+                Task("mistake", ("hunter2",), max_attempts=2, retry_delay=0)
+            )
+            Worker(backend, tasks).run(until_empty=True, signals=False)
+            assert [t.status for t in backend.queue.list_tasks()] == ["failed"] * 3
+        lines = [record.getMessage() for record in caplog.records]
+        assert len([line for line in lines if "runs again" in line]) == 3
+        assert max(map(len, lines)) < 500
+        assert "hunter2" not in caplog.text
 
 
 # =============================================================================
