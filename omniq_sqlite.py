@@ -2568,6 +2568,23 @@ class _Operation(Generic[T]):
         return False
 
 
+class _Latch:
+    """Lets a thread wait until another one calls it; half the price of an event."""
+
+    __slots__ = ("_lock",)
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._lock.acquire()
+
+    def __call__(self) -> None:
+        with contextlib.suppress(RuntimeError):  # called before, and not yet noticed
+            self._lock.release()
+
+    def wait(self, timeout: float | None = None) -> bool:
+        return self._lock.acquire(timeout=-1 if timeout is None else timeout)
+
+
 class _Request(Generic[T]):
     """An operation on its way, and what became of it.
 
@@ -3037,6 +3054,7 @@ class _Database:
     def enlist(self, request: _Request[Any]) -> bool:
         """Queue a request; `True` if there is no leader and it is the leader now."""
         with self.queue_lock:
+            request.done = self.ended  # it is refused
             self.check_usable()
             self.pending.append(request)
             leads = self.leader is None
@@ -3089,14 +3107,11 @@ class _Database:
             waiting = list(itertools.islice(self.pending, _MAX_GROUP))
         if waiting and waiting[0].alone:
             del waiting[1:]
-        group: list[_Request[Any]] = []
-        answered: list[_Request[Any]] = []
-        for request in waiting:
-            writes = self._look_one(connection, request)
-            (group if writes else answered).append(request)
-        self._take(answered)
-        self._deliver(answered)
-        return group
+        answered = [r for r in waiting if not self._look_one(connection, r)]
+        if answered:
+            self._take(answered)
+            self._deliver(answered)
+        return [request for request in waiting if not request.done]
 
     def _look_one(self, connection: sqlite3.Connection, request: _Request[Any]) -> bool:
         """Tell whether there is something to write; else set the outcome."""
@@ -3183,8 +3198,9 @@ class _Database:
             ran += 1
             if time.monotonic() - started > _MAX_GROUP_SECONDS:
                 break
-        self._put_back(group[ran:])  # the others wait for the next transaction
-        del group[ran:]
+        if ran < len(group):  # the others wait for the next transaction
+            self._put_back(group[ran:])
+            del group[ran:]
         if not flush and self._needs_flush(group):
             self._roll_back(connection)
             self._put_back(group)
@@ -3729,22 +3745,22 @@ class _DirectGateway:
         self, operation: _Operation[T], *, undo: Callable[[T], None] | None = None
     ) -> T:
         self.database.check_open()
-        event = threading.Event()
-        request = _Request(operation, event.set)
+        woken = _Latch()
+        request = _Request(operation, woken)
         try:
-            self._serve_until_done(request, event)
+            self._serve_until_done(request, woken)
             return request.outcome()
         finally:
             if undo is not None and request.succeeded:
                 result = cast(T, request.result)
                 _undo[threading.get_ident()] = partial(undo, result)
 
-    def _serve_until_done(self, request: _Request[Any], event: threading.Event) -> None:
+    def _serve_until_done(self, request: _Request[Any], woken: _Latch) -> None:
         """Wait for the leader, or lead: commit groups until ours is among them.
 
-        Leadership is passed on also when an exception is raised in here; the second
-        `finally` covers one that hits the first. Exceptions of other threads must
-        not be thrown in here all the same: see `_operating`.
+        Leadership is passed on also when an exception is raised in here, as by a
+        signal handler of the program; the second `finally` covers one that hits
+        the first.
         """
         database = self.database
         generation = database.generation
@@ -3758,38 +3774,41 @@ class _DirectGateway:
                     if database.leader is request:
                         database.serve()
                     else:
-                        self._follow(request, event)
+                        self._follow(request, woken)
             finally:
-                self._leave(request, event)
+                self._leave(request, woken)
         finally:
-            self._leave(request, event)
+            self._leave(request, woken)
 
-    def _follow(self, request: _Request[Any], event: threading.Event) -> None:
+    def _follow(self, request: _Request[Any], woken: _Latch) -> None:
         """Wait for the outcome or the lead; a Ctrl-C takes back what has not begun."""
         interrupts = _recorded()
         if interrupts is None:
-            event.wait()
-            return
-        waited = not event.wait(_INTERRUPT_INTERVAL)
-        if waited and interrupts.pending and self.database.withdraw(request):
+            woken.wait()
+        elif (
+            not woken.wait(_INTERRUPT_INTERVAL)
+            and interrupts.pending
+            and self.database.withdraw(request)
+        ):
             interrupts.check()
-            request.done = False  # the handler did not raise: as before
-            self.database.enlist(request)
+            self.database.enlist(request)  # the handler did not raise: as before
 
-    def _leave(self, request: _Request[Any], event: threading.Event) -> None:
-        """Let the next one lead; leave nothing behind that nobody waits for."""
+    def _leave(self, request: _Request[Any], woken: _Latch) -> None:
+        """Leave nothing behind that nobody waits for, and let the next one lead."""
         database = self.database
-        leads = database.leader is request
-        if not request.done and not database.withdraw(request) and not leads:
-            event.wait()  # it is in a transaction of another thread
-        if leads:
+        while not (
+            request.done or database.leader is request or database.withdraw(request)
+        ):
+            woken.wait()  # it is in a transaction of another thread
+        if database.leader is request:
+            database.withdraw(request)
             database.hand_over()
 
     def submit(self, operation: _Operation[Any]) -> None:
-        event = threading.Event()
+        woken = _Latch()
+        request = _Request(operation, woken)
         try:
-            request = _Request(operation, event.set)
-            self._serve_until_done(request, event)
+            self._serve_until_done(request, woken)
             request.outcome()
         except OmniQError as error:
             logger.warning("a write that nobody waits for failed: %s", error)
@@ -3800,9 +3819,8 @@ class _DirectGateway:
     async def wait(
         self, seen: int, timeout: float | None, due: float | None = None
     ) -> None:
-        woken = threading.Lock()  # half the price of an event, and woken once
-        woken.acquire()
-        waiter = _Waiter(due, woken.release)
+        woken = _Latch()
+        waiter = _Waiter(due, woken)
         watch = self.database.watch
         if not watch.register(waiter, seen):
             return
@@ -3815,9 +3833,7 @@ class _DirectGateway:
             if polls:
                 watch.hand_over()
 
-    def _wait(
-        self, woken: threading.Lock, timeout: float | None, *, polls: bool
-    ) -> None:
+    def _wait(self, woken: _Latch, timeout: float | None, *, polls: bool) -> None:
         """Wait in slices: short ones to poll, middling ones to see a Ctrl-C."""
         limit = math.inf if timeout is None else time.monotonic() + timeout
         slice_length = math.inf if _recorded() is None else _INTERRUPT_INTERVAL
@@ -3829,9 +3845,7 @@ class _DirectGateway:
             if polls:
                 self.database.watch.poll()
             length = min(slice_length, limit - time.monotonic())
-            if length <= 0 or woken.acquire(
-                timeout=-1 if length == math.inf else length
-            ):
+            if length <= 0 or woken.wait(None if length == math.inf else length):
                 return
 
     async def open(self) -> None:
