@@ -61,6 +61,7 @@ import os
 import queue
 import random
 import re
+import select
 import signal
 import socket
 import sqlite3
@@ -211,7 +212,8 @@ DEFAULT_READERS = 4
 """Read connections of one object at the most; opened when first needed."""
 
 POLL_INTERVAL = 0.006
-"""Seconds between two looks for other processes' commits while waiting."""
+"""Seconds between two looks for other processes' commits, where nothing tells of them
+(everywhere but on Linux)."""
 
 MAX_RETRY_DELAY = 3600.0
 """Seconds between two attempts at the most."""
@@ -2397,17 +2399,22 @@ def _task_of(row: Row, serializer: Serializer) -> Task:
 # records SIGINT, and raises it once its outcome is known. A claim whose caller
 # is gone is given back (`undo`).
 #
-# Waiting. `PRAGMA data_version` on an idle connection costs 3 µs and tells
-# whether another connection committed. One waiter of an object looks every few
-# milliseconds for all of them; commits of the same object wake them directly.
+# Waiting. `PRAGMA data_version` on an idle connection tells whether another
+# connection committed. It costs 3 µs, but to wake a thread for it 60, so looking
+# often enough to be quick costs 2 % of a core. On Linux the kernel tells when
+# somebody writes to the WAL, and one waiter of an object looks for all of them
+# shortly after that, for the commit shows a little later; elsewhere it looks
+# every few milliseconds. Commits of the same object wake them directly.
 
 _MAX_GROUP = 1_024  # operations in one transaction
 _MAX_GROUP_SECONDS = 0.025  # after which other processes get a turn
 _CHECKPOINT_COMMITS = 256  # own commits between two guarded checkpoints
 _CHECKPOINT_BYTES = 4 * 2**20  # growth of the WAL that brings one forward
 _WAL_KEPT_BYTES = 16 * 2**20  # size to which a WAL that was reset is cut
-_INTERRUPT_INTERVAL = 0.02  # seconds between two looks for a recorded SIGINT
-_IDENTITY_POLLS = 16  # polls between two looks whether the file was replaced
+_INTERRUPT_INTERVAL = 0.05  # seconds between two looks for a recorded SIGINT
+_FIRST_LOOK = 0.0005  # seconds after a write to the WAL; the next at double distances
+_LAST_LOOK = 0.05  # seconds between two looks when nobody writes, in case one is missed
+_LOOKS_APART = 0.006  # seconds between two looks when others write all the time
 
 _NETWORK_FILESYSTEMS = frozenset(
     "9p acfs afp afpfs afs beegfs ceph cifs coda davfs fuse.ceph fuse.cephfs"
@@ -2581,8 +2588,8 @@ class _Latch:
         with contextlib.suppress(RuntimeError):  # called before, and not yet noticed
             self._lock.release()
 
-    def wait(self, timeout: float | None = None) -> bool:
-        return self._lock.acquire(timeout=-1 if timeout is None else timeout)
+    def wait(self, timeout: float = math.inf) -> bool:
+        return self._lock.acquire(timeout=-1 if timeout == math.inf else timeout)
 
 
 class _Request(Generic[T]):
@@ -2692,12 +2699,46 @@ class _Pool:
             self.database.leave_alone(mine)
 
 
+class _WalWatch:
+    """Tells when any process writes to a WAL, which only Linux can.
+
+    Raises: `OSError` where the user has used up the instances that one may have.
+    """
+
+    def __init__(self, path: str) -> None:
+        self._fd = -1
+        import ctypes  # costs import time
+
+        libc = ctypes.CDLL(None)
+        self._fd = libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC)
+        in_modify = 2
+        if libc.inotify_add_watch(self._fd, os.fsencode(path), in_modify) < 0:
+            raise OSError(f"inotify cannot watch {path!r}")
+
+    def wait(self, timeout: float) -> bool:
+        """Return when it was written to since the last call, or at the latest then."""
+        poll = select.poll()
+        poll.register(self._fd, select.POLLIN)
+        written = bool(poll.poll(math.ceil(timeout * 1e3)))
+        if written:
+            os.read(self._fd, 65_536)
+        return written
+
+    def close(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    __del__ = close
+
+
 class _Bell:
-    """Wakes waiters on commits: at once on this object's, by polling on others'."""
+    """Wakes waiters on commits: at once on this object's, by looking on others'."""
 
     def __init__(self, database: _Database) -> None:
         self.database = database
         self.pool = _Pool(database, 1, writable=False)
+        self.wal: _WalWatch | None = None
         self.reset()
 
     def reset(self) -> None:
@@ -2706,8 +2747,12 @@ class _Bell:
         self.waiters: set[_Waiter] = set()
         self.generation = 0
         self.version: tuple[sqlite3.Connection | None, int] = (None, 0)
-        self.polls = 0
         self.polled = False  # whether somebody polls
+        self.distance = _FIRST_LOOK  # seconds to the next look if nobody writes
+        self.written_at = -math.inf
+        if self.wal is not None:
+            self.wal.close()  # the stack of a lost thread may refer to it for ever
+            self.wal = None
 
     def register(self, waiter: _Waiter, seen: int) -> bool:
         """Add a waiter unless something happened since `seen`."""
@@ -2755,6 +2800,7 @@ class _Bell:
         except Exception:  # noqa: BLE001 (whoever looks gets the error)
             changed, now = True, 0.0
         if changed:
+            self.distance = _FIRST_LOOK
             self.ring()
             return
         with self.lock:
@@ -2767,12 +2813,38 @@ class _Bell:
         # The first look at a connection has nothing to compare with, so it counts
         # as a change: what was committed just before must not be missed.
         with self.pool as connection:
+            if connection is not self.version[0]:
+                self._watch_wal()
             [(number,)] = connection.execute("PRAGMA data_version").fetchall()
-        self.polls += 1
-        if self.polls % _IDENTITY_POLLS == 0:
-            self.database.check_identity()
+        self.database.check_identity()
         before, self.version = self.version, (connection, number)
         return before != self.version
+
+    def _watch_wal(self) -> None:
+        """Watch the WAL of a connection that has just been opened, where possible."""
+        self.wal = None
+        if sys.platform == "linux":
+            try:
+                self.wal = _WalWatch(self.database.path + "-wal")
+            except (ImportError, OSError) as error:
+                logger.debug("%r is polled: %s", self.database.path, error)
+
+    def pause(self, sleep: Callable[[float], T], timeout: float) -> T:
+        """Wait until it is worth looking again; return what `sleep` does at the end.
+
+        A write to the WAL shows before the commit does, so there are several looks
+        after one. Writers that never rest do not keep the one that looks busy.
+        """
+        if self.wal is None:
+            return sleep(min(timeout, POLL_INTERVAL))
+        if not self.wal.wait(min(timeout, self.distance)):
+            self.distance = min(2 * self.distance, _LAST_LOOK)
+            return sleep(0.0)
+        self.distance = _FIRST_LOOK
+        now = time.monotonic()
+        rest = max(_FIRST_LOOK, self.written_at + _LOOKS_APART - now)
+        self.written_at = now + rest
+        return sleep(rest)
 
 
 class _Waiter:
@@ -2875,6 +2947,13 @@ class _Database:
                 if not _is_busy(error) or waited >= limit:
                     raise self.translate(error, waited) from error
             self.pause(waited)
+
+    def patience(self, timeout: float | None, due: float | None) -> float:
+        """Return the seconds to wait for until a timeout or a time on the clock."""
+        if due is None:
+            return math.inf if timeout is None else timeout
+        left = max(_FIRST_LOOK, due - self.options.clock())
+        return left if timeout is None else min(timeout, left)
 
     @staticmethod
     def pause(waited: float) -> None:
@@ -3821,31 +3900,34 @@ class _DirectGateway:
     ) -> None:
         woken = _Latch()
         waiter = _Waiter(due, woken)
+        patience = self.database.patience(timeout, due)
         watch = self.database.watch
         if not watch.register(waiter, seen):
             return
         polls = False
         try:
             polls = watch.take_over()
-            self._wait(woken, timeout, polls=polls)
+            self._wait(woken, patience, polls=polls)
         finally:
             watch.unregister(waiter)
             if polls:
                 watch.hand_over()
 
-    def _wait(self, woken: _Latch, timeout: float | None, *, polls: bool) -> None:
-        """Wait in slices: short ones to poll, middling ones to see a Ctrl-C."""
-        limit = math.inf if timeout is None else time.monotonic() + timeout
-        slice_length = math.inf if _recorded() is None else _INTERRUPT_INTERVAL
-        if polls:
-            slice_length = POLL_INTERVAL
+    def _wait(self, woken: _Latch, timeout: float, *, polls: bool) -> None:
+        """Wait in slices, of which each sees a Ctrl-C and a fork."""
+        watch = self.database.watch
+        limit = time.monotonic() + timeout
+        longest = math.inf if _recorded() is None else _INTERRUPT_INTERVAL
         generation = self.database.generation
         while self.database.generation == generation:  # else a child looks again
             _check_interrupts()
             if polls:
-                self.database.watch.poll()
-            length = min(slice_length, limit - time.monotonic())
-            if length <= 0 or woken.wait(None if length == math.inf else length):
+                watch.poll()
+                if woken.wait(0.0):
+                    return
+            length = max(0.0, min(longest, limit - time.monotonic()))
+            woke = watch.pause(woken.wait, length) if polls else woken.wait(length)
+            if woke or length == 0.0:
                 return
 
     async def open(self) -> None:
@@ -4037,19 +4119,20 @@ class _AsyncGateway:
         waiter = _Waiter(due, partial(_call_soon, loop, _set_result, future, None))
         watch = self.database.watch
         self.database.check_open()
+        patience = self.database.patience(timeout, due)
+        if self.database.memory and due is not None:
+            patience = min(patience, POLL_INTERVAL)  # the clock may be moved
         if not watch.register(waiter, seen):
             return
-        timers = []
-        if timeout is not None:
-            timers.append(loop.call_later(timeout, _set_result, future, None))
-        if self.database.memory and due is not None:
-            timers.append(loop.call_later(POLL_INTERVAL, _set_result, future, None))
+        timer = None
         try:
+            if patience != math.inf:
+                timer = loop.call_later(patience, _set_result, future, None)
             if not self.database.memory:
                 self._start_watching()
             await future
         finally:
-            for timer in timers:
+            if timer is not None:
                 timer.cancel()
             watch.unregister(waiter)
 
@@ -4064,7 +4147,7 @@ class _AsyncGateway:
         watch = self.database.watch
         while True:
             watch.poll()
-            time.sleep(POLL_INTERVAL)
+            watch.pause(time.sleep, _LAST_LOOK)
             with watch.lock:
                 if not watch.waiters:
                     watch.polled = False
