@@ -14421,7 +14421,7 @@ notebook = nbformat.read("notebook.ipynb", as_version=4)
 nbclient.NotebookClient(notebook, timeout=60, kernel_name="python3").execute()
 for cell in notebook.cells:
     for output in cell.get("outputs", ()):
-        print(output.get("text") or output["data"].get("text/plain", ""))
+        print(output.get("text") or "\n".join(output["data"].values()))
 """
 
 
@@ -14613,6 +14613,7 @@ for span in exporter.get_finished_spans():
         )
         assert f"\n{list(range(20))}\n" in shown
         assert "ZeroDivisionError: division by zero" in shown
+        assert "<iframe srcdoc=" in shown
         assert "exit status 0" in shown
 
     def test_the_notebook_is_short_and_carries_no_outputs(self) -> None:
