@@ -45,6 +45,7 @@ import asyncio
 import atexit
 import base64
 import collections
+import concurrent.futures
 import contextlib
 import contextvars
 import copy
@@ -6993,22 +6994,23 @@ def _twin_of(cls: Any, storage: Any, given: Any) -> Any:
 # A worker claims tasks, calls the functions that a registry knows by the tasks'
 # names, and writes how they ended. It uses the interfaces only.
 #
+# - `_Run` is one claimed task on its way to one `_Outcome`. That is written until
+#   it is written or the lease is lost: a busy or broken database slows a worker
+#   down, it never ends it.
+# - `_Threads` call plain functions. They are daemons, because a function that
+#   never returns must not keep the process from ending.
+# - `_Heartbeat` is a thread with an event loop and database connections of its
+#   own. It extends leases, writes progress and keeps time, so that a function
+#   that blocks the worker's loop loses no lease.
 # - `_Shift` is one run of a worker in one process. On its event loop it claims
-#   as many tasks as it has free slots, starts them, and settles them. A slot is
-#   free as soon as its function ends, so the next claim travels in the same
-#   commit as the outcomes of the last ones: for no-op tasks that is one flush
-#   for each batch. Whatever ends while a commit is under way joins the next
-#   batch; nothing waits for a batch to fill.
-# - `_Run` is one claimed task on its way. Async functions run on the loop, plain
-#   ones in `_Threads`: daemon threads, because a function that never returns
-#   must not keep the process from ending.
-# - `_Heartbeat` is a thread with an event loop and database connections of its own.
-#   It extends leases, writes progress and keeps time, so that a function that
-#   blocks the worker's loop loses no lease.
+#   as many tasks as it has free slots, starts them (async functions right there)
+#   and settles them. A slot is free as soon as its function ends, so the next
+#   claim travels in the same commit as the outcomes of the last ones: for no-op
+#   tasks that is one flush for each batch. Whatever ends while a commit is under
+#   way joins the next batch; nothing waits for a batch to fill.
 # - `_Crew` runs shifts in child processes and replaces those that end.
-#
-# A run ends in one `_Outcome`, and that is written until it is written or the
-# lease is lost. A busy or broken database slows a worker down; it never ends it.
+# - `AsyncWorker` is what the user holds; it has one of the last two while it
+#   runs. `Worker` is its blocking twin.
 
 DEFAULT_CONCURRENCY = 8
 """Tasks that one worker process runs at once."""
@@ -7028,29 +7030,7 @@ _LONGEST_PAUSE = 5.0
 
 _AnyContext = AbstractContextManager[Any] | AbstractAsyncContextManager[Any]
 
-
-class Retry(Exception):
-    """Raise it in a function to run its task again in `delay` seconds.
-
-    `None` is the task's usual backoff. The attempt counts: without one left, the
-    task fails. Raised `from` another exception, that one is what is recorded.
-    """
-
-    def __init__(self, delay: float | None = None) -> None:
-        _check_optional(delay=delay)
-        super().__init__(delay)
-        self.delay = delay
-
-    def __str__(self) -> str:
-        return "run again" + ("" if self.delay is None else f" in {self.delay:g} s")
-
-
-class Reject(Exception):
-    """Raise it in a function to fail its task for good, whatever attempts remain."""
-
-    def __init__(self, reason: str = "") -> None:
-        super().__init__(reason)
-        self.reason = reason
+# -- Registry --
 
 
 class TaskOptions(TypedDict, total=False):
@@ -7150,15 +7130,13 @@ class TaskRegistry:
 
         Raises: `ValueError` if the name is taken or an option is out of range.
         """
-        if function is None:
-            return partial(self._add, name, options)
-        return self._add(name, options, function)
+        add = partial(self._add, name, options)
+        return add if function is None else add(function)
 
     def _add(
         self, name: str | None, options: TaskOptions, function: Callable[..., Any]
     ) -> TaskFunction[..., Any]:
-        if isinstance(function, TaskFunction):
-            function = function.function
+        function = getattr(function, "function", function)  # of a `TaskFunction`
         added = TaskFunction(function, name or function.__name__, options)
         if added.name in self._functions:
             raise ValueError(
@@ -7184,73 +7162,76 @@ class TaskRegistry:
         return f"<TaskRegistry {', '.join(self) or 'empty'}>"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        entries = [
-            (f.name, *_reference(f.function), f._options)
-            for f in self._functions.values()
-        ]
-        return _restore_registry, (entries,)
+        functions = self._functions.values()
+        return _restore_registry, (
+            [(f.name, f._options, *_reference(f.function)) for f in functions],
+        )
 
 
 def _reference(function: Callable[..., Any]) -> tuple[str, str]:
     """Return module and name by which a child process finds `function`."""
     module, path = function.__module__, function.__qualname__
     main = sys.modules["__main__"]
-    if module == "__main__" and not (main.__spec__ or hasattr(main, "__file__")):
-        raise TypeError(
-            f"function {path!r} cannot reach a child process: this session has no"
-            " file that the child could import; move the function to a module"
-        )
+    is_file = module != "__main__" or main.__spec__ or hasattr(main, "__file__")
     with contextlib.suppress(ImportError, AttributeError):
-        if _look_up(module, path) is function:
+        if is_file and _look_up(module, path) is function:
             return module, path
     raise TypeError(
-        f"function {path!r} cannot reach a child process: it must be importable"
-        f" from module {module!r} under this name, at the top level"
+        f"function {path!r} cannot reach a child process: it must be importable from"
+        f" module {module!r} under this name, at the top level; from a session"
+        " without a file, move the function to a module"
     )
 
 
 def _look_up(module: str, path: str) -> Any:
-    found: Any = importlib.import_module(module)
-    for name in path.split("."):
-        found = getattr(found, name)
+    found = functools.reduce(getattr, path.split("."), importlib.import_module(module))
     return found.function if isinstance(found, TaskFunction) else found
 
 
-def _restore_registry(entries: list[tuple[str, str, str, TaskOptions]]) -> TaskRegistry:
+def _restore_registry(entries: list[tuple[str, TaskOptions, str, str]]) -> TaskRegistry:
     registry = TaskRegistry()
-    for name, module, path, options in entries:
-        registry.register(_look_up(module, path), name=name, **options)
+    for name, options, module, path in entries:
+        registry._add(name, options, _look_up(module, path))
     return registry
 
 
+# -- A run and its outcome --
+
+
+class Retry(Exception):
+    """Raise it in a function to run its task again in `delay` seconds.
+
+    `None` is the task's usual backoff. The attempt counts: without one left, the
+    task fails. Raised `from` another exception, that one is what is recorded.
+    """
+
+    def __init__(self, delay: float | None = None) -> None:
+        _check_optional(delay=delay)
+        super().__init__(delay)
+        self.delay = delay
+
+    def __str__(self) -> str:
+        return "run again" + ("" if self.delay is None else f" in {self.delay:g} s")
+
+
+class Reject(Exception):
+    """Raise it in a function to fail its task for good, whatever attempts remain."""
+
+    def __init__(self, reason: str = "") -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+@dataclass(slots=True)
 class _Outcome:
     """How a run ended: with a value, with an error, or given back unharmed."""
 
-    def __init__(
-        self,
-        value: Any = None,
-        *,
-        error: BaseException | None = None,
-        retry: bool = True,
-        delay: float | None = None,
-        released: bool = False,
-    ) -> None:
-        self.value = value
-        self.error = error
-        self.retry = retry
-        self.delay = delay
-        self.released = released
-
-
-def _judge(error: BaseException) -> _Outcome:
-    """Return what an exception out of a function means for its task."""
-    trace = error.__traceback__
-    while trace is not None and trace.tb_frame.f_code.co_filename == __file__:
-        trace = trace.tb_next  # show where the function begins, not how we got there
-    error.__traceback__ = trace or error.__traceback__
-    if isinstance(error, Retry):
-        return _Outcome(error=error.__cause__ or error, delay=error.delay)
-    return _Outcome(error=error, retry=not isinstance(error, Reject))
+    value: Any = None
+    _: KW_ONLY
+    error: BaseException | None = None
+    retry: bool = True
+    delay: float | None = None
+    released: bool = False
 
 
 class _Run:
@@ -7258,7 +7239,7 @@ class _Run:
 
     Three threads look at it: the loop's, the function's and the heartbeat's. Each
     field is written by one of them at a time, with one bytecode. The `_at` fields
-    are monotonic times at which the heartbeat has something to do.
+    are monotonic times; all but the first say when the heartbeat is to do what.
     """
 
     def __init__(self, task: Task, heartbeat: _Heartbeat, interval: float) -> None:
@@ -7269,11 +7250,11 @@ class _Run:
         self.interrupt_at = self.give_up_at = math.inf
         self.job: asyncio.Task[None] | None = None  # not while a thread has it
         self.call: Callable[[], Any] = _nothing  # what a thread is to do
-        self.thread: int | None = None
-        self.outcome: _Outcome | None = None
+        self.thread: int | None = None  # where an exception can be raised
         self.cancelled_for = ""
         self.progress: dict[str, Any] | None = None
-        self.lost = self.abandoned = False
+        self.outcome: _Outcome | None = None
+        self.lost = False  # no longer ours; what comes of it is dropped
 
     def begin(self, grace: float) -> None:
         """Start the clock of the task's timeout."""
@@ -7281,6 +7262,19 @@ class _Run:
             self.interrupt_at = time.monotonic() + self.task.timeout
             self.give_up_at = self.interrupt_at + grace
             self.heartbeat.wake(self.interrupt_at)
+
+    def judge(self, error: BaseException) -> _Outcome:
+        """Return what an exception out of the function means for the task."""
+        trace = error.__traceback__
+        while trace is not None and trace.tb_frame.f_code.co_filename == __file__:
+            trace = trace.tb_next  # show where the function begins, not the way to it
+        trace = trace or error.__traceback__
+        if isinstance(error, TaskTimeout) and not error.task_id:  # raised by us
+            error = TaskTimeout(self.task.id, self.task.timeout or 0.0)
+        error.__traceback__ = trace
+        if isinstance(error, Retry):
+            return _Outcome(error=error.__cause__ or error, delay=error.delay)
+        return _Outcome(error=error, retry=not isinstance(error, Reject))
 
 
 _current_run: contextvars.ContextVar[_Run] = contextvars.ContextVar("omniq_run")
@@ -7324,20 +7318,39 @@ def progress(done: float, total: float | None = None, message: str = "") -> None
         run.heartbeat.wake(soon)
 
 
-class _Threads:
-    """Runs plain functions in daemon threads, at most one for each slot."""
+def _log(
+    level: int,
+    worker: str,
+    message: str,
+    *args: object,
+    task: Task | None = None,
+    error: BaseException | None = None,
+) -> None:
+    """Log one line with its facts as fields; never an argument or a result."""
+    extra: dict[str, Any] = {"worker": worker}
+    if task is not None:
+        message, args = f"task %s (%s) {message}", (task.id, task.func, *args)
+        extra |= {"task_id": task.id, "queue": task.queue}
+        extra |= {"func": task.func, "attempt": task.attempt}
+    logger.log(level, message, *args, exc_info=error, extra=extra)
 
-    def __init__(self, name: str) -> None:
+
+class _Threads:
+    """Calls plain functions in daemon threads, at most one for each slot."""
+
+    def __init__(
+        self,
+        name: str,
+        loop: asyncio.AbstractEventLoop,
+        on_end: Callable[[_Run], object],
+    ) -> None:
         self._name = name
+        self._loop = loop
+        self._on_end = on_end  # called on that loop
         self._jobs: queue.SimpleQueue[_Run | None] = queue.SimpleQueue()
         self._ended: deque[_Run] = deque()
         self._noted = False
         self._count = self._busy = 0
-
-    def open(self, on_end: Callable[[_Run], object]) -> None:
-        """Report the end of each run by `on_end`, on the loop that runs now."""
-        self._loop = asyncio.get_running_loop()
-        self._on_end = on_end
 
     def start(self, run: _Run) -> None:
         self._busy += 1
@@ -7373,15 +7386,14 @@ class _Threads:
                 run.thread = threading.get_ident()
                 run.outcome = _Outcome(run.call())
             except BaseException as error:  # noqa: BLE001 -- SystemExit is a failure too
-                run.outcome = _judge(error)
+                run.outcome = run.judge(error)
             # A thread that was interrupted raises as soon as it goes on, so after
             # this line nothing is left to be raised in what it does next.
             with _operating_lock:
                 run.thread = None
         except TaskTimeout as error:  # while another error was looked at
             run.thread = None
-            run.outcome = run.outcome or _judge(error)
-        _name_timeout(run)
+            run.outcome = run.outcome or run.judge(error)
 
     def interrupt(self, run: _Run) -> bool:
         """Raise `TaskTimeout` in the thread of `run`; False: not at this moment."""
@@ -7390,41 +7402,26 @@ class _Threads:
             return run.thread is not None and _throw(run.thread, TaskTimeout)
 
 
-def _name_timeout(run: _Run) -> None:
-    """Put the facts into a `TaskTimeout` that was raised without them."""
-    error = run.outcome and run.outcome.error
-    if isinstance(error, TaskTimeout) and not error.task_id and run.outcome:
-        named = TaskTimeout(run.task.id, run.task.timeout or 0.0)
-        run.outcome.error = named.with_traceback(error.__traceback__)
+# -- Heartbeat --
 
 
 class _Heartbeat:
     """Extends leases, writes progress and keeps time, in a thread of its own."""
 
-    def __init__(
-        self,
-        worker: AsyncWorker,
-        runs: set[_Run],
-        interrupt: Callable[[_Run], bool],
-        lose: Callable[[_Run], None],
-        give_up: Callable[[_Run], None],
-    ) -> None:
+    def __init__(self, shift: _Shift, worker: AsyncWorker, runs: set[_Run]) -> None:
+        self._shift = shift
         self._worker = worker
         self._runs = runs
-        self._interrupt = interrupt
-        self._lose = lose
-        self._on_give_up = give_up
         self._interval = worker.lease / 3
+        self._jobs: set[asyncio.Task[None]] = set()
         self._look_at = math.inf
         self._ended = False
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._thread = threading.Thread(
-            target=self._run, name=f"{worker.name}-heartbeat", daemon=True
-        )
+        self._done = _running_loop().create_future()
 
     def start(self) -> None:
-        self._done = asyncio.get_running_loop().create_future()
-        self._thread.start()
+        name = f"{self._worker.name}-heartbeat"
+        threading.Thread(target=self._run, name=name, daemon=True).start()
 
     def end(self) -> None:
         self._ended = True
@@ -7449,7 +7446,6 @@ class _Heartbeat:
 
     async def _main(self) -> None:
         self._backend, copied = _own_copy(self._worker.backend)
-        self._jobs: set[asyncio.Task[None]] = set()
         self._woken = asyncio.Event()
         self._loop = asyncio.get_running_loop()
         try:
@@ -7486,7 +7482,7 @@ class _Heartbeat:
         if run.give_up_at <= now:
             run.interrupt_at = run.give_up_at = math.inf
             self._begin(self._give_up(run))
-        elif run.interrupt_at <= now and not self._interrupt(run):
+        elif run.interrupt_at <= now and not self._shift.interrupt(run):
             run.interrupt_at = now + 0.005
 
     def _begin(self, work: Coroutine[Any, Any, None]) -> None:
@@ -7495,16 +7491,14 @@ class _Heartbeat:
         job.add_done_callback(self._jobs.discard)
 
     async def _extend(self, run: _Run) -> None:
-        sent = run.progress
-        now = time.monotonic()
+        sent, now = run.progress, time.monotonic()
+        extend = self._backend.queue.extend
         try:
-            await self._backend.queue.extend(
-                run.task, self._worker.lease, progress=sent
-            )
+            await extend(run.task, self._worker.lease, progress=sent)
         except LeaseLostError:
-            self._lose(run)
+            self._shift.lose(run)
         except Exception as error:  # noqa: BLE001 -- a heartbeat never gives up
-            logger.warning("cannot extend task %s: %s", run.task.id, error)
+            self._shift.warn(run, "cannot be extended: %s", error)
             run.extend_at = time.monotonic() + min(1.0, self._interval / 3)
         else:
             run.extended_at = now
@@ -7520,11 +7514,11 @@ class _Heartbeat:
         except LeaseLostError:
             pass
         except Exception as failure:  # noqa: BLE001 -- as above
-            logger.warning("cannot fail task %s: %s", run.task.id, failure)
+            self._shift.warn(run, "cannot be failed: %s", failure)
             run.give_up_at = time.monotonic() + 1.0
             self._woken.set()
             return
-        self._on_give_up(run)
+        self._shift.give_up(run)
 
 
 def _own_copy(backend: AsyncBackend) -> tuple[AsyncBackend, bool]:
@@ -7537,6 +7531,9 @@ def _own_copy(backend: AsyncBackend) -> tuple[AsyncBackend, bool]:
         return backend, False
 
 
+# -- One process --
+
+
 async def _enter(stack: contextlib.AsyncExitStack, context: _AnyContext) -> None:
     """Enter a context manager of either kind; async, if it is both."""
     if isinstance(context, AbstractAsyncContextManager):
@@ -7545,34 +7542,61 @@ async def _enter(stack: contextlib.AsyncExitStack, context: _AnyContext) -> None
         stack.enter_context(context)
 
 
+def _longer(pause: float) -> float:
+    """Return the next pause between tries: from 50 ms, doubled, with jitter."""
+    return min(max(0.05, pause * 2), _LONGEST_PAUSE) * random.uniform(0.8, 1.2)
+
+
+async def _insist(
+    work: Callable[[], Awaitable[T]], report: Callable[[Exception], object]
+) -> T:
+    """Try until it succeeds, ever more slowly: a database may recover.
+
+    Raises: `LeaseLostError` and `StorageClosedError`, which no other try mends.
+    """
+    pause = 0.0
+    while True:
+        try:
+            return await work()
+        except (LeaseLostError, StorageClosedError):
+            raise
+        except Exception as error:  # noqa: BLE001 -- reported, and tried again
+            report(error)
+        pause = _longer(pause)
+        await asyncio.sleep(pause)
+
+
+@dataclass(frozen=True, slots=True)
+class _ShiftTerms:
+    """What `run` was asked for, as far as one process is concerned."""
+
+    until_empty: bool = False
+    max_tasks: float = math.inf
+    owns_process: bool = False  # may end it, when its loop is blocked for ever
+
+
 class _Shift:
     """One run of a worker in one process: it claims, starts and settles."""
 
     def __init__(
         self,
         worker: AsyncWorker,
-        until_empty: bool,
-        max_tasks: float,
+        terms: _ShiftTerms,
         on_ready: Callable[[], object] = _nothing,
     ) -> None:
         self._worker = worker
-        self._until_empty = until_empty
-        self._left = max_tasks
+        self._terms = terms
         self._on_ready = on_ready
+        self._left = terms.max_tasks
         self._free = worker.concurrency
         self._runs: set[_Run] = set()
-        self._threads = _Threads(worker.name)
-        self._heartbeat = _Heartbeat(
-            worker, self._runs, self._interrupt, self._lose, self._give_up
-        )
         self._loop = _running_loop()
+        self._threads = _Threads(worker.name, self._loop, self._settle_soon)
+        self._heartbeat = _Heartbeat(self, worker, self._runs)
         self._changed = asyncio.Event()
         self._claimer: asyncio.Task[None] | None = None
         self._stopped_at = math.inf
         self._stuck = False
-        self.owns_process = False
-
-    # -- its life ------------------------------------------------------------
 
     async def run(self) -> int:
         """Work until stopped, out of tasks or stuck; return the exit status."""
@@ -7580,7 +7604,6 @@ class _Shift:
             if self._worker.lifespan is not None:
                 await _enter(stack, self._worker.lifespan())
             self._context = contextvars.copy_context()
-            self._threads.open(self._end_plain)
             self._heartbeat.start()
             try:
                 await self._work()
@@ -7592,7 +7615,6 @@ class _Shift:
         return 0 if self._left else _RENEW_STATUS
 
     async def _work(self) -> None:
-        self._note("worker %s starts", self._worker.name)
         self._claimer = asyncio.create_task(self._claim())
         if self._stopped_at < math.inf:
             self._claimer.cancel()
@@ -7604,19 +7626,17 @@ class _Shift:
             self._claimer.cancel()
             await asyncio.wait({self._claimer, cleaner})
             await self._drain()
-            self._note("worker %s stops", self._worker.name)
         if not self._claimer.cancelled():
             self._claimer.result()
 
-    def _note(self, message: str, *args: object) -> None:
-        logger.info(message, *args, extra={"worker": self._worker.name})
+    # Stopping; the first three are for any thread.
 
     def stop(self) -> None:
-        """Claim no more; what runs gets the grace. For any thread."""
+        """Claim no more; what runs gets the grace."""
         _call_soon(self._loop, self._stop)
 
     def abandon(self) -> None:
-        """Stop, and give the async functions no grace. For any thread."""
+        """Stop, and give the async functions no grace."""
         _call_soon(self._loop, self._stop)
         _call_soon(self._loop, self._cancel_all)
 
@@ -7625,24 +7645,27 @@ class _Shift:
 
     def _stop(self) -> None:
         self._stopped_at = min(self._stopped_at, time.monotonic())
+        self._claim_no_more()
+
+    def _claim_no_more(self) -> None:
         self._changed.set()
-        if self._claimer is not None:
+        if self._claimer is not None and not self._claimer.cancelling():
             self._claimer.cancel()
 
     async def _drain(self) -> None:
         """Let what runs end, within the grace if the worker was stopped."""
-        await self._until(lambda: self._stopped_at < math.inf or self._is_done())
+        await self._until(lambda: self._stopped_at < math.inf or not self._ours())
         left = self._stopped_at + self._worker.grace - time.monotonic()
-        await self._until(self._is_done, left)
+        await self._until(lambda: not self._ours(), left)
         self._cancel_all()
-        for run in self._unfinished():
+        for run in self._ours():
             if run.outcome is not None and run.job is not None:
                 run.job.cancel()
         await self._until(
-            lambda: not any(run.job for run in self._unfinished()), _LAST_WRITES
+            lambda: not any(run.job for run in self._ours()), _LAST_WRITES
         )
-        for run in self._unfinished():
-            self._warn(run, "is left to its lease: it has not ended")
+        for run in self._ours():
+            self.warn(run, "is left to its lease: it has not ended")
 
     async def _until(
         self, holds: Callable[[], object], timeout: float = math.inf
@@ -7654,44 +7677,34 @@ class _Shift:
                     self._changed.clear()
                     await self._changed.wait()
 
-    def _is_done(self) -> bool:
-        return not self._unfinished()
-
-    def _unfinished(self) -> list[_Run]:
-        return [run for run in self._runs if not (run.lost or run.abandoned)]
+    def _ours(self) -> list[_Run]:
+        return [run for run in self._runs if not run.lost]
 
     def _cancel_all(self) -> None:
-        for run in self._unfinished():
+        for run in self._ours():
             self._cancel(run, "stop")
 
-    # -- claiming ------------------------------------------------------------
+    def _cancel(self, run: _Run, why: str) -> None:
+        if run.outcome is None and run.job is not None:
+            run.cancelled_for = run.cancelled_for or why
+            run.job.cancel()
+
+    # Claiming.
 
     async def _claim(self) -> None:
         """Claim what there are free slots for, until stopped."""
-        await self._open()
-        pause = 0.0
+        # Fail at once on a file that cannot be used; be patient with a busy one.
+        with contextlib.suppress(DatabaseBusyError):
+            await self._worker.backend.cleanup()
+        self._on_ready()
+        report = partial(self._log, logging.WARNING, "cannot claim: %s")
         while self._left:
             await self._until(self._room)
-            try:
-                tasks = await self._dequeue(self._room())
-                pause = 0.0
-            except StorageClosedError:
-                raise
-            except Exception as error:  # noqa: BLE001 -- the database may recover
-                pause = _longer(pause)
-                logger.warning("cannot claim, next try in %.1f s: %s", pause, error)
-                await asyncio.sleep(pause)
-                continue
+            tasks = await _insist(self._dequeue, report)
             if tasks is None:
                 return
             for task in tasks:
                 self._take(task)
-
-    async def _open(self) -> None:
-        """Fail at once on a file that cannot be used; be patient with a busy one."""
-        with contextlib.suppress(DatabaseBusyError):
-            await self._worker.backend.cleanup()
-        self._on_ready()
 
     def _room(self) -> int:
         # Ended runs whose outcome is not written yet hold no slot, but they are
@@ -7702,11 +7715,11 @@ class _Shift:
             return 0
         return int(min(self._free, self._left))
 
-    async def _dequeue(self, limit: int) -> list[Task] | None:
-        """Claim up to `limit` tasks; `None`: there will be no more."""
-        if not self._until_empty:
-            return await self._dequeue_within(limit, None)
-        if tasks := await self._dequeue_within(limit, 0.0):
+    async def _dequeue(self) -> list[Task] | None:
+        """Claim what there is room for; `None`: there will be no more."""
+        if not self._terms.until_empty:
+            return await self._dequeue_within(None)
+        if tasks := await self._dequeue_within(0.0):
             return tasks
         if self._runs:  # they may fail and come back, or enqueue others
             free = self._free
@@ -7714,12 +7727,12 @@ class _Shift:
             return []
         if await self._is_empty():
             return None
-        return await self._dequeue_within(limit, 0.5)
+        return await self._dequeue_within(0.5)
 
-    async def _dequeue_within(self, limit: int, timeout: float | None) -> list[Task]:
+    async def _dequeue_within(self, timeout: float | None) -> list[Task]:
         worker = self._worker
         return await worker.backend.queue.dequeue_many(
-            limit,
+            self._room(),
             worker.queues,
             timeout=timeout,
             lease=worker.lease,
@@ -7745,24 +7758,30 @@ class _Shift:
             try:
                 await self._worker.backend.cleanup()
             except Exception as error:  # noqa: BLE001 -- the next one may do better
-                logger.warning("cleanup failed: %s", error)
+                self._log(logging.WARNING, "cleanup failed: %s", error)
 
-    # -- running -------------------------------------------------------------
+    # Running.
 
     def _take(self, task: Task) -> None:
         """Start a task that was claimed; nothing is awaited in between."""
         self._left -= 1
+        self._free -= 1
         run = _Run(task, self._heartbeat, self._worker.lease / 3)
         self._runs.add(run)
-        self._free -= 1
         function = self._worker.tasks._functions.get(task.func)
         if function is None:
             run.outcome = self._refuse(run)
-            run.job = self._loop.create_task(self._settle(run))
+            self._settle_soon(run)
         elif self._is_fresh(task):
             self._start(run, function)
         else:
             run.job = self._loop.create_task(self._confirm(run, function))
+
+    def _refuse(self, run: _Run) -> _Outcome:
+        if self._terms.until_empty:
+            return _Outcome(error=UnknownTaskError(run.task.func), retry=False)
+        self.warn(run, "is given back: this worker does not know its function")
+        return _Outcome(released=True, delay=60.0)
 
     def _is_fresh(self, task: Task) -> bool:
         # The claim may have been delivered late, because a function blocked the
@@ -7777,17 +7796,11 @@ class _Shift:
         try:
             await self._worker.backend.queue.extend(run.task, self._worker.lease)
         except (Exception, asyncio.CancelledError) as error:  # noqa: BLE001
-            self._warn(run, "is left to its lease: %s", error)
+            self.warn(run, "is left to its lease: %s", error)
             self._runs.discard(run)
             self._free_slot()
         else:
             self._start(run, function)
-
-    def _refuse(self, run: _Run) -> _Outcome:
-        if self._until_empty:
-            return _Outcome(error=UnknownTaskError(run.task.func), retry=False)
-        self._warn(run, "is given back: this worker does not know its function")
-        return _Outcome(released=True, delay=60.0)
 
     def _start(self, run: _Run, function: TaskFunction[..., Any]) -> None:
         context = self._context.copy()
@@ -7804,9 +7817,7 @@ class _Shift:
         """Call a plain function; in its thread."""
         task, wrap = run.task, self._worker.wrap
         _current_run.set(run)
-        if wrap is None:
-            return function.function(*task.args, **task.kwargs)
-        with cast("AbstractContextManager[Any]", wrap(task)):
+        with wrap(task) if wrap else contextlib.nullcontext():  # type: ignore[union-attr]
             return function.function(*task.args, **task.kwargs)
 
     async def _await(self, run: _Run, function: TaskFunction[..., Any]) -> Any:
@@ -7820,53 +7831,47 @@ class _Shift:
             return await function.function(*task.args, **task.kwargs)
 
     async def _run_async(self, run: _Run, function: TaskFunction[..., Any]) -> None:
+        job = asyncio.current_task()
+        assert job is not None
         try:
             run.outcome = _Outcome(await self._await(run, function))
         except asyncio.CancelledError as error:
-            run.outcome = self._judge_cancelled(run, error)
+            run.outcome = self._judge_cancelled(run, error, job.cancelling())
         except BaseException as error:  # noqa: BLE001 -- SystemExit is a failure too
-            run.outcome = _judge(error)
-        while run.job is not None and run.job.cancelling():
-            run.job.uncancel()
+            run.outcome = run.judge(error)
+        while job.cancelling():
+            job.uncancel()
         await self._settle(run)
 
-    def _judge_cancelled(self, run: _Run, error: asyncio.CancelledError) -> _Outcome:
+    def _judge_cancelled(
+        self, run: _Run, error: asyncio.CancelledError, by_us: int
+    ) -> _Outcome:
         if run.cancelled_for == "timeout":
-            late = TaskTimeout(run.task.id, run.task.timeout or 0.0)
-            return _Outcome(error=late.with_traceback(error.__traceback__))
-        if run.job is not None and run.job.cancelling():
-            return _Outcome(released=True)
-        return _Outcome(error=error)  # raised by the function itself
+            return run.judge(TaskTimeout().with_traceback(error.__traceback__))
+        return _Outcome(released=True) if by_us else run.judge(error)
 
-    def _end_plain(self, run: _Run) -> None:
-        run.job = self._loop.create_task(self._settle(run))
+    # Called by the heartbeat, in its thread.
 
-    def _free_slot(self) -> None:
-        self._free += 1
-        self._changed.set()
-
-    # -- interrupting --------------------------------------------------------
-
-    def _interrupt(self, run: _Run) -> bool:
-        """End a run that is over its time. Called by the heartbeat."""
+    def interrupt(self, run: _Run) -> bool:
+        """End a run that is over its time; False: not at this moment."""
         if run.job is None:
             return self._threads.interrupt(run)
         run.interrupt_at = math.inf
         _call_soon(self._loop, self._cancel, run, "timeout")
         return True
 
-    def _lose(self, run: _Run) -> None:
-        """Take note that a run is no longer ours. Called by the heartbeat."""
-        if run.outcome is None and not run.abandoned:  # else its outcome finds out
+    def lose(self, run: _Run) -> None:
+        """Take note that a run is no longer ours."""
+        if run.outcome is None and not run.lost:  # else its outcome finds out
             run.lost = True
-            self._warn(run, "has lost its lease while it runs")
+            self.warn(run, "has lost its lease while it runs")
             _call_soon(self._loop, self._cancel, run, "lost")
 
-    def _give_up(self, run: _Run) -> None:
-        """Leave a run alone that does not end. Called by the heartbeat."""
-        run.abandoned = True
+    def give_up(self, run: _Run) -> None:
+        """Leave a run alone that does not end."""
+        run.lost = True
         text = "does not end; its attempt has failed, and the worker stops"
-        self._log(logging.ERROR, run, text)
+        self._log(logging.ERROR, text, task=run.task)
         _call_soon(self._loop, self._wind_up)
         patience = self._worker.grace + _LAST_WRITES
         asyncio.get_running_loop().call_later(patience, self._check_loop)
@@ -7875,24 +7880,20 @@ class _Shift:
         """End what cannot wind up: an async function blocks the loop for ever."""
         if self._stuck:
             return
-        text = "the event loop of worker %s is blocked; its tasks are left to others"
-        logger.error(text, self._worker.name, extra={"worker": self._worker.name})
-        if self.owns_process:
+        text = "the worker's event loop is blocked; its tasks are left to others"
+        self._log(logging.ERROR, text)
+        if self._terms.owns_process:
             os._exit(STUCK_STATUS)
         self._heartbeat.end()
 
     def _wind_up(self) -> None:
         self._stuck = True
-        self._changed.set()
-        if self._claimer is not None:
-            self._claimer.cancel()
+        self._claim_no_more()
 
-    def _cancel(self, run: _Run, why: str) -> None:
-        if run.outcome is None and run.job is not None:
-            run.cancelled_for = run.cancelled_for or why
-            run.job.cancel()
+    # Settling.
 
-    # -- settling ------------------------------------------------------------
+    def _settle_soon(self, run: _Run) -> None:
+        run.job = self._loop.create_task(self._settle(run))
 
     async def _settle(self, run: _Run) -> None:
         """Write the outcome until it is written, or no longer ours to write.
@@ -7901,26 +7902,26 @@ class _Shift:
         the next claim is, or more would be claimed than there are slots.
         """
         self._free_slot()
-        pause = 0.0
+        report = partial(self.warn, run, "cannot be settled yet: %s")
         try:
-            while not (run.lost or run.abandoned):
-                try:
-                    return await self._write(run)
-                except LeaseLostError:
-                    return self._warn(run, "has lost its lease; its outcome is dropped")
-                except StorageClosedError as error:
-                    return self._warn(run, "is left to its lease: %s", error)
-                except Exception as error:  # noqa: BLE001 -- it may recover
-                    pause = _longer(pause)
-                    self._warn(run, "cannot be settled yet: %s", error)
-                    await asyncio.sleep(pause)
+            await _insist(partial(self._write, run), report)
+        except LeaseLostError:
+            self.warn(run, "has lost its lease; its outcome is dropped")
+        except StorageClosedError as error:
+            self.warn(run, "is left to its lease: %s", error)
         finally:
             self._runs.discard(run)
             self._changed.set()
 
+    def _free_slot(self) -> None:
+        self._free += 1
+        self._changed.set()
+
     async def _write(self, run: _Run) -> None:
         backend, task, outcome = self._worker.backend, run.task, run.outcome
         assert outcome is not None
+        if run.lost:
+            return
         if outcome.released:
             await backend.queue.release(task, delay=outcome.delay or 0.0)
         elif outcome.error is None:
@@ -7940,41 +7941,22 @@ class _Shift:
             await self._write(run)
 
     def _report(self, run: _Run, status: TaskStatus, error: BaseException) -> None:
+        task = run.task
         if status == TaskStatus.FAILED:
-            self._log(logging.ERROR, run, "has failed for good", exc_info=error)
+            self._log(logging.ERROR, "has failed for good", task=task, error=error)
         else:
             text = "failed in attempt %d of %d and runs again: %s"
             reason = _shorten(_error_text(error), 200)
-            self._warn(run, text, run.task.attempt, run.task.max_attempts, reason)
+            self.warn(run, text, task.attempt, task.max_attempts, reason)
 
-    def _warn(self, run: _Run, message: str, *args: object) -> None:
-        self._log(logging.WARNING, run, message, *args)
+    def warn(self, run: _Run, message: str, *args: object) -> None:
+        self._log(logging.WARNING, message, *args, task=run.task)
 
-    def _log(
-        self,
-        level: int,
-        run: _Run,
-        message: str,
-        *args: object,
-        exc_info: BaseException | None = None,
-    ) -> None:
-        task = run.task
-        facts = {
-            "task_id": task.id,
-            "queue": task.queue,
-            "func": task.func,
-            "attempt": task.attempt,
-            "worker": self._worker.name,
-        }
-        text = f"task %s (%s) {message}"
-        logger.log(
-            level, text, task.id, task.func, *args, exc_info=exc_info, extra=facts
-        )
+    def _log(self, level: int, message: str, *args: object, **facts: Any) -> None:
+        _log(level, self._worker.name, message, *args, **facts)
 
 
-def _longer(pause: float) -> float:
-    """Return the next pause between tries: from 50 ms, doubled, with jitter."""
-    return min(max(0.05, pause * 2), _LONGEST_PAUSE) * random.uniform(0.8, 1.2)
+# -- Many processes --
 
 
 class _Child:
@@ -7985,14 +7967,15 @@ class _Child:
     """
 
     def __init__(
-        self, make: Callable[[], AsyncWorker], name: str, terms: tuple[bool, float]
+        self, make: Callable[[], AsyncWorker], name: str, terms: _ShiftTerms
     ) -> None:
         import multiprocessing  # here, because it costs import time
 
         spawn = multiprocessing.get_context("spawn")
         self.name = name
         self.started_at = time.monotonic()
-        self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.status = 0
+        self.ended: asyncio.Future[None] = _running_loop().create_future()
         self._pipe, far_end = spawn.Pipe()
         self._process = spawn.Process(
             target=_serve_as_child, args=(make, far_end, terms), name=name
@@ -8006,11 +7989,8 @@ class _Child:
         # By its process id: a pipe may be held open by what the child forked.
         while self._process.exitcode is None:
             self._process.join()
+        self.status = self._process.exitcode
         _call_soon(self.ended.get_loop(), _set_result, self.ended, None)
-
-    @property
-    def status(self) -> int:
-        return self._process.exitcode or 0
 
     def was_ready(self) -> bool:
         try:
@@ -8029,20 +8009,15 @@ class _Child:
         self._pipe.close()
 
 
-def _prepare_spawn() -> None:
-    """Load what the first child needs; it would unblock SIGINT in our back."""
-    from multiprocessing import resource_tracker, util  # noqa: F401 -- see above
-
-    if sys.platform != "win32":
-        resource_tracker.ensure_running()
-
-
 @contextlib.contextmanager
 def _blocked(signum: signal.Signals) -> Generator[None]:
     """Hold a signal back, also in a process that is started meanwhile."""
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return
+    from multiprocessing import resource_tracker
+
+    resource_tracker.ensure_running()  # its start would let the signal through
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signum})
     try:
         yield
@@ -8051,9 +8026,9 @@ def _blocked(signum: signal.Signals) -> Generator[None]:
 
 
 def _serve_as_child(
-    make: Callable[[], AsyncWorker], pipe: Connection, terms: tuple[bool, float]
+    make: Callable[[], AsyncWorker], pipe: Connection, terms: _ShiftTerms
 ) -> None:
-    """Be a worker process: `terms` are those of `_Shift`."""
+    """Be a worker process."""
     # A Ctrl-C in the terminal reaches parent and children: the parent decides.
     # A handler, not SIG_IGN, which programs started by tasks would inherit.
     signal.signal(signal.SIGINT, lambda *_: None)
@@ -8062,19 +8037,17 @@ def _serve_as_child(
     worker = make()
     threading.Thread(target=_obey, args=(worker, pipe), daemon=True).start()
 
+    def tell() -> None:
+        with contextlib.suppress(OSError):
+            pipe.send("ready")
+
     async def serve() -> int:
-        shift = _Shift(worker, *terms, partial(_tell, pipe))
         try:
-            return await worker._perform(shift, (signal.SIGTERM,))
+            return await worker._perform(_Shift(worker, terms, tell), [signal.SIGTERM])
         finally:
             await worker.backend.close()
 
     sys.exit(_run_loop(serve()))
-
-
-def _tell(pipe: Connection) -> None:
-    with contextlib.suppress(OSError):
-        pipe.send("ready")
 
 
 def _obey(worker: AsyncWorker, pipe: Connection) -> None:
@@ -8092,24 +8065,21 @@ _KILLED = -9  # by SIGKILL, from outside: says nothing about the program
 class _Crew:
     """Child processes that run a shift each; one that ends is replaced."""
 
-    def __init__(
-        self, worker: AsyncWorker, processes: int, terms: tuple[bool, float]
-    ) -> None:
+    def __init__(self, worker: AsyncWorker, processes: int, terms: _ShiftTerms) -> None:
         self._worker = worker
         self._places = range(1, processes + 1)
-        self._terms = terms
+        self._terms = replace(terms, owns_process=True)
         self._children: set[_Child] = set()
         self._loop = _running_loop()
         self._stopped = asyncio.Event()
         self._proven = False
-        self.owns_process = False
 
     async def run(self) -> int:
         """Keep every place filled until stopped, or until the work is done."""
-        self._check_pickles()
-        _prepare_spawn()
         # `multiprocessing` joins its children at exit. What is registered later
         # is called first.
+        import multiprocessing.util  # noqa: F401 -- registers that
+
         atexit.register(self.stop)
         jobs = [asyncio.ensure_future(self._keep(place)) for place in self._places]
         try:
@@ -8119,17 +8089,6 @@ class _Crew:
             await asyncio.wait(jobs)
             atexit.unregister(self.stop)
         return 0
-
-    def _check_pickles(self) -> None:
-        import pickle  # here, because it costs import time
-
-        try:
-            pickle.dumps(self._worker._copy(""))
-        except Exception as error:
-            raise TypeError(
-                "processes= needs a backend, tasks, wrap= and lifespan= that can be"
-                f" sent to another process: {error}"
-            ) from error
 
     def stop(self) -> None:
         """Tell the children to stop; they have the grace. For any thread."""
@@ -8156,10 +8115,12 @@ class _Crew:
             if self._stopped.is_set():
                 return
             suffix = f"-{place}" if life == 1 else f"-{place}.{life}"
-            child = self._hire(self._worker.name + suffix)
+            name = self._worker.name + suffix
+            child = _Child(self._worker._copy(name), name, self._terms)
+            self._children.add(child)
             await child.ended
             await self._bury(child)
-            if self._terms[0] and child.status == 0:
+            if self._terms.until_empty and child.status == 0:
                 return
             quick = time.monotonic() - child.started_at < _QUICK_DEATH
             planned = child.status in (0, STUCK_STATUS, _RENEW_STATUS)
@@ -8167,12 +8128,6 @@ class _Crew:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(pause):
                     await self._stopped.wait()
-
-    def _hire(self, name: str) -> _Child:
-        make = self._worker._copy(name)
-        child = _Child(make, name, self._terms)
-        self._children.add(child)
-        return child
 
     async def _bury(self, child: _Child) -> None:
         """Free the tasks of a child that has ended; without waiting for leases."""
@@ -8187,25 +8142,21 @@ class _Crew:
                 f"worker process {child.name} ended with status {child.status} before"
                 " it was ready; its own message says why"
             )
-        logger.warning(
-            "worker process %s ended with status %s and is replaced",
-            child.name,
-            child.status,
-            extra={"worker": child.name},
-        )
+        text = "worker process %s ended with status %s and is replaced"
+        _log(logging.WARNING, child.name, text, child.name, child.status)
 
     async def _reclaim(self, name: str) -> None:
-        pause = 0.0
-        while True:
-            try:
-                await self._worker.backend.queue.reclaim(name)
-                return
-            except Exception as error:  # noqa: BLE001 -- its leases end by themselves
-                logger.warning("cannot reclaim the tasks of %s: %s", name, error)
-                if self._stopped.is_set():
-                    return
-                pause = _longer(pause)
-                await asyncio.sleep(pause)
+        def report(error: Exception) -> None:
+            text = "cannot reclaim the tasks of %s: %s"
+            _log(logging.WARNING, name, text, name, error)
+            if self._stopped.is_set():  # their leases end by themselves
+                raise StorageClosedError(name) from error
+
+        with contextlib.suppress(StorageClosedError):
+            await _insist(partial(self._worker.backend.queue.reclaim, name), report)
+
+
+# -- What the user holds --
 
 
 @contextlib.contextmanager
@@ -8213,9 +8164,7 @@ def _handling(
     handler: Callable[[int, FrameType | None], None],
     signums: Sequence[signal.Signals],
 ) -> Generator[None]:
-    """Handle signals meanwhile; only the main thread can, elsewhere do nothing."""
-    if threading.current_thread() is not threading.main_thread():
-        signums = ()
+    """Handle signals meanwhile."""
     # Not `loop.add_signal_handler`: that one waits for a function that blocks the
     # loop, and a second Ctrl-C must end just such a process.
     before = {signum: signal.signal(signum, handler) for signum in signums}
@@ -8257,6 +8206,7 @@ class AsyncWorker:
         wrap: Callable[[Task], _AnyContext] | None = None,
         lifespan: Callable[[], _AnyContext] | None = None,
     ) -> None:
+        self._arguments = _arguments_of(locals())
         if not inspect.iscoroutinefunction(backend.complete):
             raise TypeError("AsyncWorker needs an async backend; Worker takes this one")
         _check_values(concurrency=concurrency, lease=lease, grace=grace)
@@ -8287,24 +8237,24 @@ class AsyncWorker:
         That is 0, or 75 when a function did not end within `grace` after its
         timeout and the process should be replaced (one whose event loop is blocked
         by such a function ends itself so, where `signals` says that the process is
-        the worker's). `until_empty`: return when no
-        task of our queues can be claimed or is scheduled (tasks that other workers
-        run and queues that are paused do not count). `max_tasks`: return after so
-        many. `processes`: more than one runs the worker in as many child processes
-        named `NAME-1` and so on, which are replaced when they end; functions must
-        then be importable. `signals`: stop at SIGINT or SIGTERM, and end at once at
-        the second (main thread only).
+        the worker's). `until_empty`: return when no task of our queues can be
+        claimed or is scheduled (tasks that other workers run and queues that are
+        paused do not count). `max_tasks`: return after so many. `processes`: more
+        than one runs the worker in as many child processes named `NAME-1` and so
+        on, which are replaced when they end; functions must then be importable.
+        `signals`: stop at SIGINT or SIGTERM, and end at once at the second (main
+        thread only).
 
         Cancelled, it releases async functions at once and waits for plain ones.
         """
         _check_values(processes=processes)
         _check_optional(max_tasks=max_tasks)
         self._check_idle()
-        terms = (until_empty, math.inf if max_tasks is None else max_tasks)
-        job = _Crew(self, processes, terms) if processes > 1 else _Shift(self, *terms)
-        status = await self._perform(
-            job, (signal.SIGINT, signal.SIGTERM) if signals else ()
-        )
+        ours = signals and threading.current_thread() is threading.main_thread()
+        terms = _ShiftTerms(until_empty, max_tasks or math.inf, owns_process=ours)
+        job = _Crew(self, processes, terms) if processes > 1 else _Shift(self, terms)
+        signums = (signal.SIGINT, signal.SIGTERM) if ours else ()
+        status = await self._perform(job, signums)
         return status if status == STUCK_STATUS else 0
 
     def stop(self) -> None:
@@ -8330,16 +8280,16 @@ class AsyncWorker:
     ) -> int:
         self._job = job
         self._signals = 0
-        main = threading.current_thread() is threading.main_thread()
-        job.owns_process = bool(signums) and main
         if self._stopping:
             job.stop()
+        _log(logging.INFO, self.name, "worker %s starts", self.name)
         try:
             with _handling(self._on_signal, signums):
                 return await _unbroken(job)
         finally:
             self._job = None
             self._stopping = False
+            _log(logging.INFO, self.name, "worker %s stops", self.name)
 
     def _on_signal(self, signum: int, _: FrameType | None) -> None:
         self._signals += 1
@@ -8353,18 +8303,8 @@ class AsyncWorker:
 
     def _copy(self, name: str) -> partial[AsyncWorker]:
         """Return what makes this worker anew in a child process."""
-        return partial(
-            AsyncWorker,
-            self.backend,
-            self.tasks,
-            queues=self.queues,
-            concurrency=self.concurrency,
-            lease=self.lease,
-            grace=self.grace,
-            name=name,
-            wrap=self.wrap,
-            lifespan=self.lifespan,
-        )
+        changed: dict[str, Any] = {"backend": self.backend, "name": name}
+        return partial(AsyncWorker, **(self._arguments | changed))
 
 
 def _worker_name() -> str:
@@ -8390,127 +8330,72 @@ async def _unbroken(job: _Shift | _Crew) -> int:
 def _run_loop(work: Coroutine[Any, Any, int]) -> int:
     """Run a coroutine in a new event loop in this thread.
 
-    Not `asyncio.run`, which at its end waits for tasks that ignore cancellation.
+    In the main thread Ctrl-C cancels it, and is raised at its end. Not with
+    `asyncio.run`, which at last waits for tasks that ignore cancellation.
     """
-    loop = asyncio.new_event_loop()
+    runner = asyncio.Runner()
     try:
-        return loop.run_until_complete(work)
+        return runner.run(work)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt from None  # one traceback, not the cancellation's too
     finally:
+        loop = runner.get_loop()
         if left := asyncio.all_tasks(loop):
             for task in left:
                 task.cancel()
             loop.run_until_complete(asyncio.wait(left, timeout=1.0))
         loop.run_until_complete(loop.shutdown_asyncgens())
+        asyncio.set_event_loop(None)
         loop.close()
 
 
-class _ThreadedQueue:
-    """What a worker needs of a blocking queue of another engine, in async form."""
+class _InThreads:
+    """A blocking object of another engine, in async form: a thread for each call."""
 
-    def __init__(self, blocking: TaskQueue) -> None:
-        self._queue = blocking
-        self._orphan: asyncio.Future[None] | None = None
+    def __init__(self, blocking: Any) -> None:
+        self._blocking = blocking
 
+    def __getattr__(self, name: str) -> Callable[..., Coroutine[Any, Any, Any]]:
+        return partial(asyncio.to_thread, getattr(self._blocking, name))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self._blocking,)
+
+
+class _QueueInThreads(_InThreads):
     async def dequeue_many(
-        self,
-        limit: int,
-        queues: QueueNames = "default",
-        *,
-        timeout: float | None = 0.0,
-        lease: float = DEFAULT_LEASE,
-        worker: str | None = None,
+        self, *args: Any, timeout: float | None, **terms: Any
     ) -> list[Task]:
         # In slices: a thread that waits cannot be told that nobody waits for it.
         ends_at = math.inf if timeout is None else time.monotonic() + timeout
         while True:
-            left = max(0.0, min(ends_at - time.monotonic(), 0.25))
-            call = partial(
-                self._queue.dequeue_many, timeout=left, lease=lease, worker=worker
-            )
-            claim = asyncio.ensure_future(asyncio.to_thread(call, limit, queues))
+            terms["timeout"] = max(0.0, min(ends_at - time.monotonic(), 0.25))
+            call = asyncio.to_thread(self._blocking.dequeue_many, *args, **terms)
+            claim = asyncio.ensure_future(call)
             try:
-                tasks = await asyncio.shield(claim)
+                tasks: list[Task] = await asyncio.shield(claim)
             except asyncio.CancelledError:
-                self._orphan = asyncio.ensure_future(self._give_back(claim))
+                for task in await claim:
+                    await self.release(task)
                 raise
             if tasks or time.monotonic() >= ends_at:
                 return tasks
 
-    async def _give_back(self, claim: asyncio.Future[list[Task]]) -> None:
-        for task in await claim:
-            await self.release(task)
 
-    async def close(self) -> None:
-        """Await a claim that nobody waits for; leave the queue open."""
-        if self._orphan is not None:
-            await asyncio.wait({self._orphan})
-
-    async def release(self, task: Task, *, delay: float = 0.0) -> None:
-        await asyncio.to_thread(self._queue.release, task, delay=delay)
-
-    async def extend(
-        self, task: Task, lease: float = DEFAULT_LEASE, *, progress: Any = None
-    ) -> Task:
-        extend = self._queue.extend
-        return await asyncio.to_thread(extend, task, lease, progress=progress)
-
-    async def reclaim(self, worker: str) -> int:
-        return await asyncio.to_thread(self._queue.reclaim, worker)
-
-    async def list_tasks(self, **filters: Any) -> list[Task]:
-        return await asyncio.to_thread(self._queue.list_tasks, **filters)
-
-    async def stats(self) -> list[QueueStats]:
-        return await asyncio.to_thread(self._queue.stats)
-
-
-class _ThreadedBackend:
-    """What a worker needs of a blocking backend of another engine, in async form."""
-
+class _BackendInThreads(_InThreads):
     def __init__(self, blocking: Backend) -> None:
-        self._backend = blocking
-        self.queue = _ThreadedQueue(blocking.queue)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _ThreadedBackend, (self._backend,)
-
-    async def complete(self, task: Task, value: Any = None) -> None:
-        await asyncio.to_thread(self._backend.complete, task, value)
-
-    async def fail(
-        self,
-        task: Task,
-        exception: BaseException,
-        *,
-        retry: bool = True,
-        delay: float | None = None,
-    ) -> TaskStatus:
-        fail = self._backend.fail
-        return await asyncio.to_thread(fail, task, exception, retry=retry, delay=delay)
-
-    async def cleanup(self) -> dict[str, int]:
-        return await asyncio.to_thread(self._backend.cleanup)
+        super().__init__(blocking)
+        self.queue = _QueueInThreads(blocking.queue)
 
     async def close(self) -> None:
         """Leave the blocking backend open: it is the caller's."""
-        await self.queue.close()
 
 
 def _to_async(backend: Backend) -> AsyncBackend:
     if inspect.iscoroutinefunction(backend.complete):
         raise TypeError("Worker needs a blocking backend; AsyncWorker takes this one")
-    to_async: Callable[[], AsyncBackend] | None = getattr(backend, "to_async", None)
-    if to_async is not None:
-        return to_async()
-    return cast("AsyncBackend", _ThreadedBackend(backend))
-
-
-def _loop_runs_here() -> bool:
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        return False
-    return True
+    to_async = getattr(backend, "to_async", partial(_BackendInThreads, backend))
+    return cast("AsyncBackend", to_async())
 
 
 class Worker:
@@ -8536,18 +8421,10 @@ class Worker:
         wrap: Callable[[Task], _AnyContext] | None = None,
         lifespan: Callable[[], _AnyContext] | None = None,
     ) -> None:
+        arguments = _arguments_of(locals())
+        arguments["backend"] = _to_async(backend)
+        self._async = AsyncWorker(**arguments)
         self._backend = backend
-        self._async = AsyncWorker(
-            _to_async(backend),
-            tasks,
-            queues=queues,
-            concurrency=concurrency,
-            lease=lease,
-            grace=grace,
-            name=name,
-            wrap=wrap,
-            lifespan=lifespan,
-        )
         self.name = self._async.name
 
     def run(
@@ -8563,16 +8440,10 @@ class Worker:
         See `AsyncWorker.run`. With `signals=False`, Ctrl-C in the main thread
         stops it too, and is raised at the end.
         """
-        work = partial(
-            self._run,
-            until_empty=until_empty,
-            max_tasks=max_tasks,
-            processes=processes,
-            signals=signals,
-        )
-        if _loop_runs_here():
-            return self._run_beside(work)
-        return self._run_here(work, signals=signals)
+        work = partial(self._run, **_arguments_of(locals()))
+        if asyncio._get_running_loop() is None:
+            return _run_loop(work())
+        return self._run_beside(work)
 
     def stop(self) -> None:
         """End `run` as the first signal does; from any thread, at any time.
@@ -8589,45 +8460,23 @@ class Worker:
         finally:
             await self._async.backend.close()
 
-    def _run_here(
-        self, work: Callable[[], Coroutine[Any, Any, int]], *, signals: bool
-    ) -> int:
-        interrupts = 0
-
-        def interrupt(_signum: int, _frame: FrameType | None) -> None:
-            nonlocal interrupts
-            interrupts += 1
-            self._async._abandon()
-            if interrupts > 1:
-                raise KeyboardInterrupt
-
-        ours = signal.getsignal(signal.SIGINT) is signal.default_int_handler
-        with _handling(interrupt, [signal.SIGINT] if ours and not signals else []):
-            status = _run_loop(work())
-        if interrupts:
-            raise KeyboardInterrupt
-        return status
-
     def _run_beside(self, work: Callable[[], Coroutine[Any, Any, int]]) -> int:
         """Run in a new thread, because this one has a loop that runs."""
-        ended: queue.SimpleQueue[int | BaseException] = queue.SimpleQueue()
+        ended: concurrent.futures.Future[int] = concurrent.futures.Future()
 
         def serve() -> None:
             try:
-                ended.put(_run_loop(work()))
+                ended.set_result(_run_loop(work()))
             except BaseException as error:  # noqa: BLE001 -- raised in the caller
-                ended.put(error)
+                ended.set_exception(error)
 
         threading.Thread(target=serve, name=self.name, daemon=True).start()
         try:
-            result = ended.get()
+            return ended.result()
         except KeyboardInterrupt:
             self._async._abandon()
-            ended.get()
+            ended.exception()
             raise
-        if isinstance(result, BaseException):
-            raise result
-        return result
 
 
 # =============================================================================

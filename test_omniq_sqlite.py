@@ -10529,7 +10529,7 @@ class TestTimeout:
         return run
 
     def test_it_does_not_strike_a_thread_that_has_gone_on(self) -> None:
-        threads = omniq_sqlite._Threads("t")
+        threads = omniq_sqlite._Threads("t", cast(Any, None), print)
         run = self.make_run(lambda: "done")
         threads._perform(run)
         assert not threads.interrupt(run)
@@ -10538,16 +10538,16 @@ class TestTimeout:
     def test_it_may_strike_while_another_error_is_looked_at(
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        judge = omniq_sqlite._judge
+        judge = omniq_sqlite._Run.judge
 
-        def strike(error: BaseException) -> Any:
+        def strike(run: Any, error: BaseException) -> Any:
             if isinstance(error, ZeroDivisionError):
                 raise TaskTimeout
-            return judge(error)
+            return judge(run, error)
 
-        monkeypatch.setattr(omniq_sqlite, "_judge", strike)
+        monkeypatch.setattr(omniq_sqlite._Run, "judge", strike)
         run = self.make_run(lambda: 1 / 0)
-        omniq_sqlite._Threads("t")._perform(run)
+        omniq_sqlite._Threads("t", cast(Any, None), print)._perform(run)
         assert isinstance(run.outcome.error, TaskTimeout)
         assert run.outcome.error.task_id == run.task.id
         assert run.thread is None
@@ -10575,7 +10575,7 @@ class TestTimeout:
         at_the_end = raise_in(("PyThreadState_SetAsyncExc", ctypes.pythonapi))
         run = self.make_run(lambda: "done")
         type(run).thread = property(lambda run: None, at_the_end)
-        omniq_sqlite._Threads("t")._perform(run)
+        omniq_sqlite._Threads("t", cast(Any, None), print)._perform(run)
         assert struck == ["now"]
         assert run.outcome.value == "done"
 
@@ -11336,7 +11336,7 @@ class TestWorkerProcesses:
         self, rig: Rig
     ) -> None:
         rig.tasks.register(lambda: None, name="inner")
-        with pytest.raises(TypeError, match=r"processes= needs.*importable"):
+        with pytest.raises(TypeError, match="importable"):
             rig.perform(rig.worker(), processes=2)
         assert multiprocessing.active_children() == []
 
