@@ -12391,7 +12391,7 @@ class TestColours:
 
     @pytest.mark.parametrize("variables", [{"NO_COLOR": "1"}, {"TERM": "dumb"}])
     def test_one_that_wants_none_gets_none(
-        self, jobs: str, variables: dict[str, str]
+        self, jobs: str, variables: dict[str, Any]
     ) -> None:
         shown = on_terminal("list", jobs, size=(24, 80), **variables)
         assert "failed" in shown
