@@ -11352,18 +11352,19 @@ class TestWorkerProcesses:
         assert "before it was ready" in program.errors.splitlines()[-1]
 
     def test_a_program_that_forgets_to_stop_them_exits(
-        self, start: Callable[..., Program]
+        self, start: Callable[..., Program], tmp_path: Path
     ) -> None:
         program = start(
             crew_program("""
             backend.enqueue(wait.task())
             run = lambda: worker.run(processes=2)
             threading.Thread(target=run, daemon=True).start()
-            while not backend.queue.count_tasks(status="running"):
-                time.sleep(0.05)
+            while not os.path.exists("end"):
+                time.sleep(0.01)
             """)
         )
         pid = int(program.line())
+        (tmp_path / "end").touch()
         assert program.end() == 0
         until(lambda: not is_alive(pid))
 
