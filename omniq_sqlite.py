@@ -7626,6 +7626,7 @@ class _Shift:
             self._claimer.cancel()
             await asyncio.wait({self._claimer, cleaner})
             await self._drain()
+            await self._sign_off()
         if not self._claimer.cancelled():
             self._claimer.result()
 
@@ -7666,6 +7667,13 @@ class _Shift:
         )
         for run in self._ours():
             self.warn(run, "is left to its lease: it has not ended")
+
+    async def _sign_off(self) -> None:
+        """Be forgotten: who stops in peace must not be taken for dead later."""
+        if not self._ours():
+            with contextlib.suppress(OmniQError, TimeoutError):
+                async with asyncio.timeout(_LAST_WRITES):
+                    await self._worker.backend.queue.reclaim(self._worker.name)
 
     async def _until(
         self, holds: Callable[[], object], timeout: float = math.inf
