@@ -98,6 +98,7 @@ from types import FrameType
 from typing import (
     TYPE_CHECKING,
     Any,
+    ClassVar,
     Generic,
     ParamSpec,
     Protocol,
@@ -134,6 +135,7 @@ __all__ = [
     "AsyncEventFollower",
     "AsyncEventStorage",
     "AsyncResultStorage",
+    "AsyncResultStream",
     "AsyncSQLiteBackend",
     "AsyncSQLiteEventStorage",
     "AsyncSQLiteQueue",
@@ -160,6 +162,7 @@ __all__ = [
     "Reject",
     "ResultStatus",
     "ResultStorage",
+    "ResultStream",
     "Retry",
     "SQLiteBackend",
     "SQLiteEventStorage",
@@ -668,8 +671,61 @@ def new_id() -> str:
     return f"{milliseconds << 80 | 7 << 76 | high << 64 | 2 << 62 | low:032x}"
 
 
-@dataclass(frozen=True, slots=True)
-class Task:
+# -- How values show: short in a shell, as a table in a notebook --
+
+
+def _cell(value: object) -> str:
+    if isinstance(value, datetime):
+        return value.isoformat(" ", "seconds")
+    return str(value) if isinstance(value, str) else _show(value)
+
+
+def _notebook_table(headers: Sequence[str], rows: Iterable[Iterable[object]]) -> str:
+    """Return an HTML table in which everything is escaped."""
+    from html import escape  # 1 ms that few need
+
+    def line(tag: str, cells: Iterable[object]) -> str:
+        style = ' style="text-align: left; white-space: pre-wrap"'
+        texts = (escape(_cell(cell)) for cell in cells)
+        return f"<tr>{''.join(f'<{tag}{style}>{text}</{tag}>' for text in texts)}</tr>"
+
+    body = "".join(line("td", row) for row in rows)
+    return f"<table><thead>{line('th', headers)}</thead><tbody>{body}</tbody></table>"
+
+
+class _Shown:
+    """Shows a value by what sets it apart: what is empty or a default is left out."""
+
+    __slots__ = ()
+    _brief: ClassVar[tuple[str, ...]]  # the fields that a shell shows
+
+    def _facts(self, *names: str) -> Iterator[tuple[str, object]]:
+        defaults = {each.name: each.default for each in fields(cast(Any, self))}
+        for name in names or defaults:
+            value = getattr(self, name)
+            simple = isinstance(value, (str, int, float))
+            empty = value is None or (
+                isinstance(value, (str, tuple, dict)) and not value
+            )
+            if not empty and not (simple and value == defaults[name]):
+                yield name, value
+
+    def __repr__(self) -> str:
+        facts = ", ".join(f"{n}={_in_brief(v)}" for n, v in self._facts(*self._brief))
+        return f"{type(self).__name__}({facts})"
+
+    def _repr_html_(self) -> str:
+        return _notebook_table((type(self).__name__, ""), self._facts())
+
+
+def _in_brief(value: object) -> str:
+    return (
+        repr(_cell(value)) if isinstance(value, (StrEnum, datetime)) else _show(value)
+    )
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class Task(_Shown):
     """A call to be made: the name of a function, its arguments and its terms.
 
     `func` is a name that the worker's `TaskRegistry` knows; nothing is imported.
@@ -683,6 +739,8 @@ class Task:
 
     Raises: `ValueError` naming the parameter, the rule and the value.
     """
+
+    _brief = ("func", "id", "queue", "status", "attempt", "worker", "error")
 
     func: str
     args: tuple[Any, ...] = ()
@@ -724,13 +782,15 @@ class Task:
         return hash(self.id)
 
 
-@dataclass(frozen=True, slots=True)
-class TaskResult:
+@dataclass(frozen=True, slots=True, repr=False)
+class TaskResult(_Shown):
     """How a task ended: its value or its error.
 
     `claim` is the `Task.claims` of the claim that made it: a result of an older
     claim never replaces a newer one's.
     """
+
+    _brief = ("task_id", "status", "value", "error_type", "error")
 
     task_id: str
     status: ResultStatus
@@ -757,12 +817,14 @@ def _now() -> datetime:
     return datetime.now(UTC)
 
 
-@dataclass(frozen=True, slots=True)
-class TaskEvent:
+@dataclass(frozen=True, slots=True, repr=False)
+class TaskEvent(_Shown):
     """Something that happened, to a task or not. `id` is set by the storage.
 
     `id` is an opaque cursor: good for `after=`, never used twice.
     """
+
+    _brief = ("id", "at", "type", "task_id", "queue", "worker", "message")
 
     type: str
     task_id: str | None = None
@@ -781,9 +843,11 @@ class TaskEvent:
         return hash((self.id, self.type, self.task_id, self.at))
 
 
-@dataclass(frozen=True, slots=True)
-class QueueStats:
+@dataclass(frozen=True, slots=True, repr=False)
+class QueueStats(_Shown):
     """How many tasks of one queue are in each status."""
+
+    _brief = ()
 
     queue: str
     scheduled: int = 0
@@ -1536,6 +1600,14 @@ SELECT
     progress, seq
 FROM main.omniq_task
 WHERE id = :id
+"""
+
+SELECT_LIVE = """
+-- wait: which of these tasks live, and when does time change them?
+SELECT id, due_at
+FROM main.omniq_task
+WHERE id IN (SELECT value FROM json_each(:ids))
+    AND status IN ('scheduled', 'pending', 'running')
 """
 
 SELECT_TASKS = """
@@ -5179,6 +5251,16 @@ class AsyncSQLiteQueue(_AsyncStorage):
         """Return the number of tasks in each status, for each queue by name."""
         return await self._gateway.read(_read_stats)
 
+    def _repr_html_(self) -> str:
+        """Show the stats, read at once in the calling thread, as `follow` does."""
+        names = [each.name for each in fields(QueueStats)]
+        try:
+            stats = self._gateway.database.read(_read_stats)
+        except OmniQError as error:
+            return _notebook_table([repr(self)], [[str(error)]])
+        rows = [[getattr(queue, name) for name in names] for queue in stats]
+        return _notebook_table(names, rows)
+
     async def list_queues(self) -> list[str]:
         """Return the names of the queues that hold tasks or are paused."""
         return [name for (name,) in await self._rows(SELECT_QUEUES)]
@@ -6033,6 +6115,9 @@ class SQLiteQueue(_Twin[AsyncSQLiteQueue]):
         """Return the consumers that gave a name to `dequeue`, as last seen."""
         return self._run(self._async.list_workers)
 
+    def _repr_html_(self) -> str:
+        return self._async._repr_html_()
+
 
 class SQLiteResultStorage(_Twin[AsyncSQLiteResultStorage]):
     """A store for results; blocking twin of `AsyncSQLiteResultStorage`."""
@@ -6544,43 +6629,60 @@ class AsyncSQLiteBackend(_AsyncStorage):
         Raises: `TimeoutError`; `TaskNotFoundError` when there is neither a task
         nor a result of that id.
         """
-        _check_optional(timeout=timeout)
-        deadline = _deadline(timeout)
-        while True:
-            seen = self._main_gateway().database.watch.generation
-            task, result = await self._look(task_id)
-            if result is not None:
-                return result
-            left = _time_left(deadline, task_id, timeout)
-            await self._wait_for(cast(Task, task), seen, left)
+        stream = AsyncResultStream(self, [task_id], timeout)
+        return cast(TaskResult, await stream._next())
 
-    async def _look(self, task_id: str) -> tuple[Task | None, TaskResult | None]:
-        """Return a task, if it is there, and its result, unless it lives."""
+    def wait_all(
+        self, ids: Iterable[str], *, timeout: float | None = None
+    ) -> AsyncResultStream:
+        """Return an iterator over the results of tasks as they end.
+
+        Each is what `result()` returns. On a terminal (standard error) and in a
+        notebook a line shows the progress. `timeout`: seconds for all of them.
+
+        Raises: while iterating `TimeoutError`; `TaskNotFoundError` for an id of which
+        there is neither a task nor a result, after which it can go on.
+        """
+        return AsyncResultStream(self, ids, timeout, progress=_Progress())
+
+    async def _live(self, ids: Iterable[str]) -> dict[str, float]:
+        """Return which tasks live, and when time changes each."""
+        if isinstance(self._queue, AsyncSQLiteQueue):
+            wanted = _to_json([i for i in ids if isinstance(i, str) and _storable(i)])
+            rows = await self._queue._rows(SELECT_LIVE, ids=wanted)
+            return {task_id: math.inf if due is None else due for task_id, due in rows}
+        tasks = [await self._queue.get_task(task_id) for task_id in ids]
+        return {t.id: math.inf for t in tasks if t and t.status in LIVE_STATUSES}
+
+    async def _look(self, task_id: str) -> TaskResult | None:
+        """Return the result of a task, unless it lives."""
         task = await self._queue.get_task(task_id)
         if task and task.status in LIVE_STATUSES:
             ours = self._queue if isinstance(self._queue, AsyncSQLiteQueue) else None
             if ours is None or _due_at(task) > ours._clock():
-                return task, None
+                return None
             # Time has ended it; nobody else may be there to settle it.
             await ours._settle_queue(task.queue)
             return await self._look(task_id)
         stored = await self._results.get(task_id) if self._results else None
         if task is None and stored is None:
             raise TaskNotFoundError(task_id)
-        return task, _result_of_row(task, stored) if task else stored
+        return _result_of_row(task, stored) if task else stored
 
     def _main_gateway(self) -> _Gateway:
         ours = isinstance(self._queue, AsyncSQLiteQueue)
         return cast(_AsyncStorage, self._queue if ours else self)._gateway
 
-    async def _wait_for(self, task: Task, seen: int, left: float) -> None:
-        """Wait for a change of the task; its result comes in the same commit."""
+    async def _wait_for(
+        self, live: Mapping[str, float], seen: int, left: float
+    ) -> None:
+        """Wait for a change of live tasks; a result comes in the same commit."""
         if isinstance(self._queue, AsyncSQLiteQueue):
-            due = _due_at(task)
+            due = min(live.values())
             await self._queue._wait(seen, left, None if due == math.inf else due)
         elif self._results is not None:
             with contextlib.suppress(TimeoutError):
-                await self._results.wait(task.id, timeout=min(left, 0.1))
+                await self._results.wait(next(iter(live)), timeout=min(left, 0.1))
 
     # -- Upkeep --
 
@@ -6647,6 +6749,108 @@ class AsyncSQLiteBackend(_AsyncStorage):
                 text = f"worker {worker.name!r} {reason}, with {worker.running} tasks"
                 findings.append(Finding("workers", "warning", text))
         return findings
+
+
+class AsyncResultStream:
+    """Yields the results of tasks as they end; made by `wait_all()`."""
+
+    def __init__(
+        self,
+        backend: AsyncSQLiteBackend,
+        ids: Iterable[str],
+        timeout: float | None,
+        progress: _Progress | None = None,
+    ) -> None:
+        _check_optional(timeout=timeout)
+        _check(not isinstance(ids, (str, bytes)), "ids", "several ids", ids)
+        self._backend = backend
+        self._waiting = dict.fromkeys(ids)
+        self._ended: collections.deque[str] = collections.deque()  # or so it seemed
+        self._timeout = timeout
+        self._deadline = _deadline(timeout)
+        self._progress = progress
+        self._total = len(self._waiting)
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> TaskResult:
+        result = await self._next()
+        if result is None:
+            raise StopAsyncIteration
+        return result
+
+    async def _next(self) -> TaskResult | None:
+        while self._waiting:
+            while self._ended:
+                result = await self._take(self._ended[0])
+                if result is not None:
+                    return result
+            await self._wait()
+        return None
+
+    async def _take(self, task_id: str) -> TaskResult | None:
+        """Return the result of a task that has ended, unless it lives after all."""
+        result: TaskResult | None = None
+        try:
+            result = await self._backend._look(task_id)
+        except TaskNotFoundError:
+            del self._waiting[task_id]
+            raise
+        finally:  # a call that was cancelled looks again
+            self._ended.clear() if result is None else self._ended.popleft()
+        if result is not None:
+            del self._waiting[task_id]
+            if self._progress is not None:
+                self._progress.count(result, self._total)
+        return result
+
+    async def _wait(self) -> None:
+        """Find out what has ended; wait for a commit or a due time if nothing has."""
+        backend = self._backend
+        seen = backend._main_gateway().database.watch.generation
+        live = await backend._live(self._waiting)
+        now = backend._clock()
+        self._ended.extend(i for i in self._waiting if live.get(i, 0.0) <= now)
+        if not self._ended:
+            left = _time_left(self._deadline, next(iter(live)), self._timeout)
+            await backend._wait_for(live, seen, left)
+
+
+class _Progress:
+    """One line that says how many results have come, where somebody may look."""
+
+    def __init__(self) -> None:
+        self._began = self._shown = time.monotonic()
+        self._done = 0
+        self._failed = 0
+        self._display: Any = None
+
+    def count(self, result: TaskResult, total: int) -> None:
+        self._done += 1
+        self._failed += result.status is not ResultStatus.SUCCESS
+        now = time.monotonic()
+        if now - self._shown < 0.1 and self._done < total:
+            return
+        self._shown = now
+        rate = self._done / max(now - self._began, 1e-9)
+        text = f"{self._done:,} of {total:,} ended, {self._failed:,} without success"
+        text += f", {rate:,.0f}/s, {(total - self._done) / rate:,.0f} s left"
+        self._show(text, last=self._done == total)
+
+    def _show(self, text: str, *, last: bool) -> None:
+        # IPython is used where it runs, and never imported.
+        ipython: Any = sys.modules.get("IPython")
+        shell = ipython and ipython.get_ipython()
+        if hasattr(shell, "kernel"):
+            show = self._display.update if self._display else ipython.display.display
+            more = {} if self._display else {"display_id": True}
+            self._display = (
+                show({"text/plain": text}, raw=True, **more) or self._display
+            )
+        elif sys.stderr is not None and sys.stderr.isatty():
+            end = "\n" if last else ""
+            print(f"\r{text}\x1b[K", end=end, file=sys.stderr, flush=True)
 
 
 _Shared = TypeVar("_Shared", _AsyncStorage, AsyncSQLiteBackend)
@@ -6967,6 +7171,12 @@ class SQLiteBackend(_Twin[AsyncSQLiteBackend]):
         """Return the result of a task once it has ended, however it ended."""
         return self._run(self._async.result, task_id, timeout=timeout)
 
+    def wait_all(
+        self, ids: Iterable[str], *, timeout: float | None = None
+    ) -> ResultStream:
+        """Return an iterator over the results of tasks as they end."""
+        return ResultStream(self, self._async.wait_all(ids, timeout=timeout))
+
     def cleanup(self) -> dict[str, int]:
         """Do what is due, in small transactions, and return how much of each."""
         return self._run(self._async.cleanup)
@@ -6978,6 +7188,23 @@ class SQLiteBackend(_Twin[AsyncSQLiteBackend]):
     def check(self) -> list[Finding]:
         """Look for what is wrong with the files and the queue; empty if nothing is."""
         return self._run(self._async.check)
+
+
+class ResultStream:
+    """Yields the results of tasks as they end; made by `wait_all()`."""
+
+    def __init__(self, backend: SQLiteBackend, stream: AsyncResultStream) -> None:
+        self._backend = backend
+        self._async = stream
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> TaskResult:
+        result = self._backend._run(self._async._next)
+        if result is None:
+            raise StopIteration
+        return result
 
 
 def _twin_of(cls: Any, storage: Any, given: Any) -> Any:

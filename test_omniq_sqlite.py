@@ -19,6 +19,7 @@ import http
 import http.client
 import importlib.util
 import inspect
+import io
 import itertools
 import json
 import logging
@@ -1163,7 +1164,7 @@ class TestTwins:
             for name, method in get_public(getattr(omniq_sqlite, async_name)).items()
             if inspect.isfunction(method) and not inspect.iscoroutinefunction(method)
         }
-        assert at_once <= {"follow", "stop"}
+        assert at_once <= {"follow", "stop", "wait_all"}
 
     def test_every_class_has_all_four_context_manager_methods(
         self, async_name: str, blocking_name: str
@@ -9057,6 +9058,261 @@ class TestBackendResult:
     ) -> None:
         with pytest.raises(ValueError, match="timeout"):
             await call(backend.result, "a1", timeout=seconds)
+
+
+async def gather_results(stream: Any) -> list[TaskResult]:
+    """Read a `wait_all()` of either twin to its end, with a deadline."""
+    if hasattr(stream, "__anext__"):
+
+        async def read() -> list[TaskResult]:
+            return [result async for result in stream]
+
+        return await asyncio.wait_for(read(), DEADLINE)
+    return cast(list[TaskResult], await aside(lambda: list(stream)))
+
+
+class FakeTerminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+class TestWaitAll:
+    async def test_results_come_in_the_order_in_which_tasks_end(
+        self, split: Any
+    ) -> None:
+        ids = await call(split.enqueue_many, [Task("f") for _ in range(4)])
+        waiting = started(gather_results(split.wait_all(ids)))
+        await in_wait(split.queue)
+        tasks = await call(split.queue.dequeue_many, 4)
+        for task in reversed(tasks):
+            await call(split.complete, task, task.id)
+            await settled_in()
+        results = await waiting
+        assert [result.task_id for result in results] == ids[::-1]
+        assert [result.value for result in results] == ids[::-1]
+
+    async def test_it_ends_also_for_what_has_no_result_of_its_own(
+        self, split: Any, clock: Clock
+    ) -> None:
+        tasks = [Task("f"), Task("f", expires_at=at(5)), Task("f"), Task("f")]
+        ids = await call(split.enqueue_many, tasks)
+        cancelled, expired, failed, kept = ids
+        await call(split.queue.cancel, cancelled)
+        clock.advance(10)
+        for task in await call(split.queue.dequeue_many, 2):
+            if task.id == failed:
+                await call(split.fail, task, make_error(), retry=False)
+            else:
+                await call(split.complete, task)
+        found = await gather_results(split.wait_all([*ids, kept]))
+        assert {result.task_id: result.status for result in found} == {
+            cancelled: "cancelled",
+            expired: "error",
+            failed: "error",
+            kept: "success",
+        }
+
+    async def test_what_ends_by_time_alone_is_seen(
+        self, backend: Any, clock: Clock
+    ) -> None:
+        task_id = await call(backend.enqueue, Task("f", expires_at=at(5)))
+        waiting = started(gather_results(backend.wait_all([task_id])))
+        await in_wait(backend.queue)
+        clock.advance(6)
+        [result] = await waiting
+        assert result.error_type == "TaskExpired"
+
+    async def test_an_unknown_id_is_an_error_and_the_others_still_come(
+        self, backend: Any
+    ) -> None:
+        task_id = await call(backend.enqueue, Task("f"))
+        await call(backend.complete, await claim(backend.queue), 7)
+        stream = backend.wait_all(["unknown", task_id])
+        with pytest.raises(TaskNotFoundError, match="unknown"):
+            await gather_results(stream)
+        [result] = await gather_results(stream)
+        assert result.value == 7
+
+    async def test_the_timeout_is_for_all_and_it_can_go_on_afterwards(
+        self, backend: Any
+    ) -> None:
+        task_id = await call(backend.enqueue, Task("f"))
+        stream = backend.wait_all([task_id], timeout=0.03)
+        with pytest.raises(TimeoutError, match=task_id):
+            await gather_results(stream)
+        await call(backend.complete, await claim(backend.queue), 7)
+        assert [r.value for r in await gather_results(stream)] == [7]
+
+    async def test_no_ids_are_no_results(self, backend: Any) -> None:
+        assert await gather_results(backend.wait_all([])) == []
+
+    @pytest.mark.parametrize(
+        ("ids", "terms"), [("abc", {}), ([], {"timeout": -1}), ([], {"timeout": "1"})]
+    )
+    async def test_a_wrong_argument_is_refused_at_once(
+        self, backend: Any, ids: Any, terms: Any
+    ) -> None:
+        with pytest.raises(ValueError, match=r"ids|timeout"):
+            backend.wait_all(ids, **terms)
+
+    async def test_a_cancelled_wait_loses_no_result(self, tmp_path: Path) -> None:
+        async with AsyncSQLiteBackend(tmp_path / "jobs.db") as backend:
+            ids = await backend.enqueue_many([Task("f") for _ in range(20)])
+            stream = backend.wait_all(ids)
+            found: list[str] = []
+
+            async def read() -> None:
+                async for result in stream:
+                    found.append(result.task_id)
+
+            for task in await backend.queue.dequeue_many(20):
+                reading = started(read())
+                await backend.complete(task)
+                await asyncio.sleep(random.random() / 500)
+                reading.cancel()
+                with contextlib.suppress(asyncio.CancelledError):
+                    await reading
+            await asyncio.wait_for(read(), DEADLINE)
+            assert len(found) == len(set(found))
+            # One that was on its way to a reader who left may be lost with it.
+            assert set(found) <= set(ids)
+
+    async def test_a_terminal_sees_one_line_that_changes(
+        self, backend: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        await self.finish(backend, monkeypatch, terminal := FakeTerminal())
+        last = terminal.getvalue().split("\r")[-1]
+        assert last.startswith("2 of 2 ended, 1 without success, ")
+        assert last.endswith("\n")
+
+    async def test_elsewhere_nothing_is_printed(
+        self, backend: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        await self.finish(backend, monkeypatch, pipe := io.StringIO())
+        assert pipe.getvalue() == ""
+
+    async def test_a_notebook_sees_a_display_that_is_updated(
+        self, backend: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        shown: list[tuple[str, bool]] = []
+
+        def display(data: dict[str, str], *, raw: bool, **terms: object) -> Any:
+            shown.append((data["text/plain"], raw))
+            return types.SimpleNamespace(update=display)
+
+        ipython: Any = types.ModuleType("IPython")
+        ipython.display = types.SimpleNamespace(display=display)
+        ipython.get_ipython = lambda: types.SimpleNamespace(kernel=object())
+        monkeypatch.setitem(sys.modules, "IPython", ipython)
+        await self.finish(backend, monkeypatch, terminal := FakeTerminal())
+        assert terminal.getvalue() == ""
+        assert shown[-1][0].startswith("2 of 2 ended, 1 without success")
+        assert {raw for _, raw in shown} == {True}
+
+    async def test_ipython_without_a_kernel_is_a_terminal(
+        self, backend: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        ipython: Any = types.ModuleType("IPython")
+        ipython.get_ipython = lambda: None
+        monkeypatch.setitem(sys.modules, "IPython", ipython)
+        await self.finish(backend, monkeypatch, terminal := FakeTerminal())
+        assert "2 of 2" in terminal.getvalue()
+
+    def test_it_never_imports_ipython(self) -> None:
+        printed = run_program(
+            """
+            import sys
+            from omniq_sqlite import SQLiteBackend, Task
+            with SQLiteBackend(":memory:") as backend:
+                ids = backend.enqueue_many([Task("f")])
+                backend.complete(backend.queue.dequeue(), 1)
+                assert [r.value for r in backend.wait_all(ids)] == [1]
+            print("IPython" in sys.modules)
+        """,
+            ":memory:",
+        )
+        assert printed == "False"
+
+    @staticmethod
+    async def finish(
+        backend: Any, monkeypatch: pytest.MonkeyPatch, stderr: io.StringIO
+    ) -> None:
+        ids = await call(backend.enqueue_many, [Task("f"), Task("f")])
+        await call(backend.complete, await claim(backend.queue))
+        await call(backend.queue.cancel, ids[1])
+        monkeypatch.setattr(sys, "stderr", stderr)
+        assert len(await gather_results(backend.wait_all(ids))) == 2
+
+    async def test_a_twin_over_an_async_backend_has_it_too(
+        self, tmp_path: Path
+    ) -> None:
+        async with AsyncSQLiteBackend(tmp_path / "jobs.db") as backend:
+            twin = SQLiteBackend.from_async(backend)
+            ids = await backend.enqueue_many([Task("f"), Task("f")])
+            for task in await backend.queue.dequeue_many(2):
+                await backend.complete(task, 1)
+            found = await asyncio.to_thread(lambda: list(twin.wait_all(ids)))
+            assert [result.task_id for result in found] == ids
+
+
+EVIL = '<img src=x onerror=alert(1)>&"'
+
+
+class TestHowValuesShow:
+    def test_a_repr_is_short_and_leaves_the_payload_out(self) -> None:
+        task = Task("f", ("secret",), {"key": "secret"}, queue="mail", id="a1")
+        assert repr(task) == "Task(func='f', id='a1', queue='mail')"
+        result = TaskResult("a1", ResultStatus.ERROR, error="no", error_type="OSError")
+        assert repr(result) == (
+            "TaskResult(task_id='a1', status='error', error_type='OSError', error='no')"
+        )
+        event = TaskEvent("failed", "a1", "mail", at=at(0), worker="w1")
+        assert repr(event) == (
+            "TaskEvent(at='2027-01-15 08:00:00+00:00', type='failed', task_id='a1',"
+            " queue='mail', worker='w1')"
+        )
+        assert repr(QueueStats("mail", pending=3)) == (
+            "QueueStats(queue='mail', pending=3)"
+        )
+
+    def test_a_repr_never_fails_and_stays_short(self) -> None:
+        class Odd:
+            def __repr__(self) -> str:
+                raise ValueError
+
+        assert "without a repr" in repr(TaskResult("a1", ResultStatus.SUCCESS, Odd()))
+        assert len(repr(TaskResult("a1", ResultStatus.SUCCESS, "x" * 10**6))) < 250
+
+    @pytest.mark.parametrize(
+        "value",
+        [
+            Task(EVIL, (EVIL,), {EVIL: EVIL}, queue=EVIL, metadata={EVIL: 1}),
+            TaskResult("a1", ResultStatus.ERROR, error=EVIL, traceback=EVIL),
+            TaskEvent(EVIL, EVIL, EVIL, EVIL, {EVIL: EVIL}),
+            QueueStats(EVIL),
+        ],
+        ids=lambda value: type(value).__name__,
+    )
+    def test_a_notebook_sees_a_table_with_everything_escaped(self, value: Any) -> None:
+        html = value._repr_html_()
+        assert html.startswith("<table>")
+        assert "&lt;img" in html
+        assert "<img" not in html
+
+    async def test_a_queue_shows_its_stats(self, api: Api) -> None:
+        queue = api.queue()
+        await call(queue.enqueue, Task("f", queue=EVIL))
+        html = queue._repr_html_()
+        assert "<th" in html
+        assert ">pending</th>" in html
+        assert ">1</td>" in html
+        assert "<img" not in html
+        assert repr(queue) == f"{type(queue).__name__}({str(api.path)!r})"
+
+    async def test_a_queue_that_cannot_be_read_says_so(self, api: Api) -> None:
+        queue = api.queue()
+        await call(queue.close)
+        assert "it was closed" in queue._repr_html_()
 
 
 class TestCleanup:
