@@ -12,7 +12,7 @@ the dependencies are `aiosqlite` and `anyio`. Vendor it by copying this file.
     ...     return a + b
     >>> with SQLiteBackend(folder.name + "/jobs.db") as backend:
     ...     task_id = backend.enqueue(add.task(2, b=3))
-    ...     Worker(backend, tasks).run(until_empty=True, signals=False)
+    ...     status = Worker(backend, tasks).run(until_empty=True, signals=False)
     ...     backend.result(task_id).value
     5
     >>> folder.cleanup()
