@@ -4466,6 +4466,14 @@ class _Change:
         self.noting = noting
         self.notes: list[dict[str, Any]] = []  # parameters of `INSERT_EVENT`
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        # Results and errors go to other threads. A cursor that ended there would
+        # reset a statement that this thread is about to use (SQLITE_MISUSE).
+        self.cursor.close()
+
     def rows(self, statement: str, **parameters: Any) -> list[Row]:
         """Execute a statement, which may use `:now`, and read all that it returns."""
         parameters["now"] = self.now
@@ -4666,16 +4674,16 @@ class _Claim(_Operation[_Claimed]):
         return any(task.attempt >= task.max_attempts for task in result.tasks)
 
     def run(self, connection: sqlite3.Connection) -> _Claimed:
-        change = self.queue._change(connection.cursor())
-        claimed = _Claimed([], change.notes, self.next_due)
-        for name, due in self.plan:
-            if due:
-                count = _settle_due(change, name)
-                claimed.more |= count == _SETTLE_LIMIT
-            self._claim(change, name, claimed)
-            if len(claimed.tasks) >= self.limit:
-                break
-        self.queue._log_inside(change)
+        with self.queue._change(connection.cursor()) as change:
+            claimed = _Claimed([], change.notes, self.next_due)
+            for name, due in self.plan:
+                if due:
+                    count = _settle_due(change, name)
+                    claimed.more |= count == _SETTLE_LIMIT
+                self._claim(change, name, claimed)
+                if len(claimed.tasks) >= self.limit:
+                    break
+            self.queue._log_inside(change)
         return claimed
 
     def _claim(self, change: _Change, name: str, claimed: _Claimed) -> None:
@@ -4792,16 +4800,16 @@ class AsyncSQLiteQueue(_AsyncStorage):
         """
         now = self._clock()
 
-        def run_and_log(connection: sqlite3.Connection) -> tuple[T, _Change]:
-            change = self._change(connection.cursor(), now)
-            result = run(change)
-            self._log_inside(change)
-            return result, change
+        def run_and_log(connection: sqlite3.Connection) -> tuple[T, list[Any]]:
+            with self._change(connection.cursor(), now) as change:
+                result = run(change)
+                self._log_inside(change)
+            return result, change.notes
 
         operation = _Operation(run_and_log, flush=flush, savepoint=savepoint)
-        result, change = await self._gateway.write(operation)
-        if change.notes:
-            await self._log_outside(change.notes)
+        result, notes = await self._gateway.write(operation)
+        if notes:
+            await self._log_outside(notes)
         return result
 
     # -- In --
@@ -4949,12 +4957,12 @@ class AsyncSQLiteQueue(_AsyncStorage):
         tasks = claimed.tasks
 
         def run(connection: sqlite3.Connection) -> None:
-            change = self._change(connection.cursor())
-            for task in tasks:
-                with contextlib.suppress(LeaseLostError):
-                    change.end(RELEASE, task, run_at=None)
-                    change.note_run(EventType.RELEASED, task, "given up")
-            self._log_inside(change)
+            with self._change(connection.cursor()) as change:
+                for task in tasks:
+                    with contextlib.suppress(LeaseLostError):
+                        change.end(RELEASE, task, run_at=None)
+                        change.note_run(EventType.RELEASED, task, "given up")
+                self._log_inside(change)
 
         if tasks:
             self._gateway.submit(_Operation(run, flush=False))

@@ -2649,6 +2649,49 @@ class TestFlushes:
 
 
 class TestGroupCommit:
+    async def test_no_open_cursor_ends_in_another_thread_than_it_began_in(
+        self, path: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """It would reset a statement that the connection's thread is about to use."""
+        astray: list[str] = []
+
+        class Marked(sqlite3.Cursor):
+            def __init__(self, *args: Any) -> None:
+                super().__init__(*args)
+                self.thread = threading.get_ident()
+
+            def close(self) -> None:
+                self.thread = 0
+                super().close()
+
+            def __del__(self) -> None:
+                if self.thread not in (0, threading.get_ident()):
+                    astray.append("a cursor")
+
+        class Marking(sqlite3.Connection):
+            def cursor(self, *_: Any, **__: Any) -> Any:
+                return super().cursor(Marked)
+
+        factory = partial(sqlite3.connect, factory=Marking)
+        monkeypatch.setattr(omniq_sqlite, "_connection_factory", factory)
+        async with AsyncSQLiteBackend(path, events=True) as backend:
+            await backend.enqueue_many([Task("f", id="a"), Task("g"), Task("h")])
+            tasks = await backend.queue.dequeue_many(2)
+            await backend.complete(tasks[0], 1, enqueue=[Task("next")])
+            for call_again in (
+                backend.enqueue_many([Task("x"), Task("x", id=tasks[1].id)]),
+                backend.complete(tasks[0], 1, enqueue=[Task("next")]),
+                backend.queue.extend(tasks[0]),
+            ):
+                with pytest.raises((DuplicateTaskError, LeaseLostError)):
+                    await call_again
+            await backend.fail(tasks[1], ValueError(), retry=False)
+            await backend.queue.retry_all()
+            await backend.cleanup()
+            await backend.check()
+        gc.collect()
+        assert astray == []
+
     async def test_each_of_many_gets_its_own_answer_or_error(
         self, path: str, spied: list[str]
     ) -> None:
