@@ -9103,15 +9103,22 @@ class TestBackendResult:
             await call(backend.result, "a1", timeout=seconds)
 
 
-async def gather_results(stream: Any) -> list[TaskResult]:
-    """Read a `wait_all()` of either twin to its end, with a deadline."""
+async def gather_results(stream: Any, *found: list[TaskResult]) -> list[TaskResult]:
+    """Read a `wait_all()` of either twin to its end, with a deadline.
+
+    What has come so far is also in `found`.
+    """
+    [results] = found or ([],)
     if hasattr(stream, "__anext__"):
 
-        async def read() -> list[TaskResult]:
-            return [result async for result in stream]
+        async def read() -> None:
+            async for result in stream:
+                results.append(result)
 
-        return await asyncio.wait_for(read(), DEADLINE)
-    return cast(list[TaskResult], await aside(lambda: list(stream)))
+        await asyncio.wait_for(read(), DEADLINE)
+    else:
+        await aside(lambda: results.extend(stream))
+    return results
 
 
 class FakeTerminal(io.StringIO):
@@ -9124,13 +9131,14 @@ class TestWaitAll:
         self, split: Any
     ) -> None:
         ids = await call(split.enqueue_many, [Task("f") for _ in range(4)])
-        waiting = started(gather_results(split.wait_all(ids)))
+        results: list[TaskResult] = []
+        waiting = started(gather_results(split.wait_all(ids), results))
         await in_wait(split.queue)
         tasks = await call(split.queue.dequeue_many, 4)
-        for task in reversed(tasks):
+        for number, task in enumerate(reversed(tasks), start=1):
             await call(split.complete, task, task.id)
-            await settled_in()
-        results = await waiting
+            await soon(lambda: len(results) == number)  # noqa: B023
+        await waiting
         assert [result.task_id for result in results] == ids[::-1]
         assert [result.value for result in results] == ids[::-1]
 
