@@ -4307,11 +4307,12 @@ class _AsyncStorage:
 
     async def _put(self, statement: str, rows: Sequence[Mapping[str, Any]]) -> None:
         """Execute a statement for all rows in one transaction."""
-        operation = _Operation[object](
-            lambda connection: connection.executemany(statement, rows), savepoint=False
-        )
+
+        def run(connection: sqlite3.Connection) -> None:
+            connection.executemany(statement, rows)  # the cursor ends here
+
         if rows:
-            await self._gateway.write(operation)
+            await self._gateway.write(_Operation(run, savepoint=False))
 
     async def _delete(self, statement: str, **parameters: Any) -> int:
         """Delete the rows that match in one transaction; return how many."""

@@ -2672,9 +2672,14 @@ class TestGroupCommit:
             def cursor(self, *_: Any, **__: Any) -> Any:
                 return super().cursor(Marked)
 
+            def executemany(self, sql: str, *args: Any) -> Any:
+                return self.cursor().executemany(sql, *args)
+
         factory = partial(sqlite3.connect, factory=Marking)
         monkeypatch.setattr(omniq_sqlite, "_connection_factory", factory)
         async with AsyncSQLiteBackend(path, events=True) as backend:
+            assert backend.results is not None
+            assert backend.events is not None
             await backend.enqueue_many([Task("f", id="a"), Task("g"), Task("h")])
             tasks = await backend.queue.dequeue_many(2)
             await backend.complete(tasks[0], 1, enqueue=[Task("next")])
@@ -2687,6 +2692,8 @@ class TestGroupCommit:
                     await call_again
             await backend.fail(tasks[1], ValueError(), retry=False)
             await backend.queue.retry_all()
+            await backend.results.store(TaskResult("a", ResultStatus.SUCCESS))
+            await backend.events.log_many([TaskEvent("a"), TaskEvent("b")])
             await backend.cleanup()
             await backend.check()
         gc.collect()
