@@ -9419,20 +9419,25 @@ class _Overview:
     history: _History
 
 
-def _look(backend: SQLiteBackend, since: float, failed_since: float = 0.0) -> _Overview:
-    """Look at a file, what happened in it since an instant, and what failed."""
+def _look(
+    backend: SQLiteBackend,
+    since: float,
+    failed_since: float = 0.0,
+    failed_limit: int = 10,
+) -> _Overview:
+    """Look at a file, what happened in it since an instant, and what failed last."""
     found = {"queue"} | {n for n in ("results", "events") if getattr(backend, n)}
-    terms: dict[str, Any] = {"since": since, "limit": _PAST_LIMIT}
     workers = backend.queue.list_workers()
 
     def look(connection: sqlite3.Connection) -> _Overview:
+        terms: dict[str, Any] = {"since": since, "limit": _PAST_LIMIT}
         fetch = partial(_fetch, connection)
         connection.execute("BEGIN")  # all of it is of one instant
         try:
             queues = _read_stats(connection)
             running = [_running_from_row(row) for row in fetch(SELECT_RUNNING, terms)]
             history = _read_history(fetch, found, terms)
-            terms["since"] = failed_since
+            terms = {"since": failed_since, "limit": failed_limit}
             failures = _read_failures(fetch, found, terms, history.funcs)
         finally:
             connection.execute("COMMIT")
@@ -9600,26 +9605,33 @@ def _run_list(options: argparse.Namespace) -> int:
         for task in shown:
             _print_json(task)
     else:
-        headers = ["id", "status", "queue", "try", "age", "call", "error"]
-        _print_table(headers, list(map(_row_of_task, shown)))
+        hidden = {name for name in ("status", "queue") if getattr(options, name)}
+        _print_table(*_rows_of_tasks(shown, hidden))
     if len(rows) > options.limit:
         _note(f"there are more than {options.limit:,}: see --limit and --offset")
     return 0
 
 
-def _row_of_task(task: Task) -> list[object]:
+def _rows_of_tasks(
+    tasks: Sequence[Task], hidden: set[str]
+) -> tuple[list[str], list[list[object]]]:
+    """Return headers and rows of a table, without what is the same in all of them."""
+    rows = list(map(_row_of_task, tasks))
+    headers = [name for name in rows[0] if name not in hidden]
+    return headers, [[row[name] for name in headers] for row in rows]
+
+
+def _row_of_task(task: Task) -> dict[str, object]:
     values = [*map(repr, task.args), *(f"{k}={v!r}" for k, v in task.kwargs.items())]
-    call = _shorten(f"{task.func}({', '.join(values)})", 200)
-    age, error = _age_of(task.finished_at or task.created_at), task.error or ""
-    return [
-        task.id,
-        task.status,
-        task.queue,
-        task.attempt,
-        age,
-        call,
-        _shorten(error, 200),
-    ]
+    return {
+        "id": task.id,
+        "status": task.status,
+        "queue": task.queue,
+        "try": task.attempt,
+        "age": _age_of(task.finished_at or task.created_at),
+        "call": _shorten(f"{task.func}({', '.join(values)})", 200),
+        "error": _shorten(task.error or "", 200),
+    }
 
 
 def _run_show(options: argparse.Namespace) -> int:
@@ -9635,14 +9647,17 @@ def _run_show(options: argparse.Namespace) -> int:
         _print_json({"task": task, "result": result, "events": events})
         return 0
     if task is not None:
-        print("TASK")
+        print(_paint("TASK", "bold"))
         _print_facts(task)
     if events:
-        print("EVENTS")
-        rows = [(e.at, e.type, e.worker, e.message) for e in events]
-        _print_table(["at", "event", "worker", "message"], rows)
+        print(_paint("EVENTS", "bold"))
+        rows = [
+            (e.at, e.type, e.details.get("attempt"), e.worker, e.message)
+            for e in events
+        ]
+        _print_table(["at", "event", "attempt", "worker", "message"], rows)
     if result is not None:
-        print("RESULT")
+        print(_paint("RESULT", "bold"))
         _print_facts(result)
         for line in (result.traceback or "").splitlines():
             print(_printable(line))
@@ -9654,7 +9669,7 @@ def _run_check(options: argparse.Namespace) -> int:
 
     Integrity, schema, size of the WAL, leases that are over, workers that are
     gone. With --worker only whether this one lives and was seen within a minute:
-    a health probe, which costs nothing.
+    a health probe, which does not read the file through.
     """
     with _open(options, *COMPONENT_TABLE) as backend:
         if options.worker is not None:
@@ -9718,9 +9733,9 @@ def _print_event(event: TaskEvent, options: argparse.Namespace) -> None:
     if options.json:
         _print_json(event)
     else:
-        parts = (event.at, event.type, event.queue, event.task_id, event.worker)
-        text = "  ".join(map(_show_cell, (*parts, event.message)))
-        print(text.rstrip())
+        kind = _paint(_printable(event.type), _colour_of(event.type))
+        facts = (event.queue, event.task_id, event.worker, event.message)
+        print("  ".join((_show_cell(event.at), kind, *map(_show_cell, facts))).rstrip())
     if options.follow:
         sys.stdout.flush()
 
@@ -10467,7 +10482,7 @@ def _render_page(
     import string
 
     begun = since.timestamp() if since else 0.0
-    seen = _look(backend, begun, begun)
+    seen = _look(backend, begun, begun, _PAST_LIMIT)
     spans = _Spans(*_period(seen, since))
     charts = [
         _section("depth", "Depth over time", _chart_depth(seen, spans)),
@@ -10662,6 +10677,23 @@ def _make_server(host: str, port: int, page: _LivePage) -> Any:
     import http.server
     import socketserver
 
+    class Server(http.server.ThreadingHTTPServer):
+        address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
+
+        def handle_error(self, request: object, client_address: object) -> None:
+            """Say nothing of browsers that left early."""
+
+        def server_bind(self) -> None:
+            # Without HTTPServer's look-up of our name, which may take seconds.
+            socketserver.TCPServer.server_bind(self)
+            self.server_name, self.server_port = host, self.socket.getsockname()[1]
+
+    return Server((host, port), _make_handler(host, page))
+
+
+def _make_handler(host: str, page: _LivePage) -> Any:
+    import http.server
+
     class Handler(http.server.BaseHTTPRequestHandler):
         """Answers GET for the one page that there is."""
 
@@ -10687,14 +10719,9 @@ def _make_server(host: str, port: int, page: _LivePage) -> Any:
 
         def answer(self, status: int, body: bytes, kind: str = "text/plain") -> None:
             self.send_response(status)
-            for name, value in (
-                ("Content-Type", f"{kind}; charset=utf-8"),
-                ("Content-Length", str(len(body))),
-                ("Cache-Control", "no-store"),
-                ("Content-Security-Policy", "frame-ancestors 'none'"),
-                ("Cross-Origin-Resource-Policy", "same-origin"),
-                ("X-Content-Type-Options", "nosniff"),
-            ):
+            self.send_header("Content-Type", f"{kind}; charset=utf-8")
+            self.send_header("Content-Length", str(len(body)))
+            for name, value in _HEADERS.items():
                 self.send_header(name, value)
             self.end_headers()
             if self.command != "HEAD":
@@ -10703,18 +10730,15 @@ def _make_server(host: str, port: int, page: _LivePage) -> Any:
         def log_message(self, format: str, *args: object) -> None:
             """Say nothing of each request."""
 
-    class Server(http.server.ThreadingHTTPServer):
-        address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    return Handler
 
-        def handle_error(self, request: object, client_address: object) -> None:
-            """Say nothing of browsers that left early."""
 
-        def server_bind(self) -> None:
-            # Without HTTPServer's look-up of our name, which may take seconds.
-            socketserver.TCPServer.server_bind(self)
-            self.server_name, self.server_port = host, self.socket.getsockname()[1]
-
-    return Server((host, port), Handler)
+_HEADERS = {
+    "Cache-Control": "no-store",
+    "Content-Security-Policy": "frame-ancestors 'none'",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "X-Content-Type-Options": "nosniff",
+}
 
 
 # -- options --
