@@ -31,8 +31,25 @@ What it does not do: several machines on one file (WAL needs shared memory, so
 network file systems are refused), exactly-once execution (nothing can), and
 isolation of task code (functions run in the worker's process).
 
+Where several processes share the work, the functions stand in a module that all
+of them import, here `jobs`, and workers run beside the program:
+
+    omniq-sqlite worker jobs.db --app jobs:tasks --processes 2
+
 Each class exists twice: `AsyncSQLiteQueue` is for `await`, its twin
-`SQLiteQueue` blocks; names, parameters and meaning are the same.
+`SQLiteQueue` blocks; names, parameters and meaning are the same. The whole of it
+is written down once, with the async one. Where to look:
+
+- `TaskRegistry`, `TaskFunction`, `Task`: functions, and tasks made of their calls.
+- `AsyncSQLiteBackend`: enqueue, ask for results, back up; `.queue`, `.results` and
+  `.events` are `AsyncSQLiteQueue` (list, cancel, retry, pause, purge; `enqueue_on`
+  for your own transaction), `AsyncSQLiteResultStorage`, `AsyncSQLiteEventStorage`.
+- `AsyncWorker`; inside its functions `current_task`, `progress`, `Retry`, `Reject`.
+- `OmniQError`: the errors that derive from it each say what to do.
+- `Serializer`, `JSONSerializer`: what may travel, and types of your own.
+- `logging.getLogger("omniq_sqlite")`: starts and stops of workers, failed attempts;
+  with `task_id`, `queue`, `func`, `attempt` and `worker` as fields of a record.
+- `python -m omniq_sqlite --help`: the command line.
 
 The file from top to bottom: Defaults, Errors, Data model, Interfaces, SQL,
 Serialization and time, Connection, Queue, Results, Events, Blocking twins,
@@ -786,8 +803,11 @@ class Task(_Shown):
 class TaskResult(_Shown):
     """How a task ended: its value or its error.
 
-    `claim` is the `Task.claims` of the claim that made it: a result of an older
-    claim never replaces a newer one's.
+    `value`: what the function returned. `error`: the message of what it raised,
+    `error_type` the name of its class, `traceback` the text; `None` after a success.
+    `started_at` and `finished_at` are of the last attempt, whose number is
+    `attempt`; `metadata` is the task's. `claim` is the `Task.claims` of the claim that
+    made it: a result of an older claim never replaces a newer one's.
     """
 
     _brief = ("task_id", "status", "value", "error_type", "error")
@@ -821,7 +841,10 @@ def _now() -> datetime:
 class TaskEvent(_Shown):
     """Something that happened, to a task or not. `id` is set by the storage.
 
-    `id` is an opaque cursor: good for `after=`, never used twice.
+    `type`: an `EventType`, or a text of your own. In the events of tasks `message`
+    is the error, and `details` has the `attempt`, at a claim the `func`, and of a
+    retry its `delay` in seconds. `id` is an opaque cursor: good for `after=`, never
+    used twice.
     """
 
     _brief = ("id", "at", "type", "task_id", "queue", "worker", "message")
@@ -6633,7 +6656,8 @@ class AsyncSQLiteBackend(_AsyncStorage):
         """Return the result of a task once it has ended, however it ended.
 
         A task that was cancelled, expired or ran out of attempts without storing
-        a result gets one made from its row. `timeout`: seconds.
+        a result gets one made from its row. `timeout`: seconds; 0 looks once, `None`
+        waits for ever.
 
         Raises: `TimeoutError`; `TaskNotFoundError` when there is neither a task
         nor a result of that id.
@@ -8483,11 +8507,11 @@ class AsyncWorker:
         by such a function ends itself so, where `signals` says that the process is
         the worker's). `until_empty`: return when no task of our queues can be
         claimed or is scheduled (tasks that other workers run and queues that are
-        paused do not count). `max_tasks`: return after so many. `processes`: more
-        than one runs the worker in as many child processes named `NAME-1` and so
-        on, which are replaced when they end; functions must then be importable.
-        `signals`: stop at SIGINT or SIGTERM, and end at once at the second (main
-        thread only).
+        paused do not count); it waits for a retry in the future, by the backend's
+        clock. `max_tasks`: return after so many. `processes`: more than one runs the
+        worker in as many child processes named `NAME-1` and so on, which are
+        replaced when they end; functions must then be importable. `signals`: stop
+        at SIGINT or SIGTERM, and end at once at the second (main thread only).
 
         Cancelled, it releases async functions at once and waits for plain ones.
         """

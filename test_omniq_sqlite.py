@@ -14860,6 +14860,7 @@ with SQLiteBackend("jobs.db", events=True) as backend:
         assert 'omniq_events_total{queue="default",type="completed"} 1.0' in shown
         assert 'omniq_events_total{queue="default",type="retry"} 1.0' in shown
         assert 'omniq_tasks{queue="default",status="failed"} 1.0' in shown
+        assert 'omniq_run_seconds_count{func="divide"} 2.0' in shown
 
     def test_opentelemetry_gets_a_span_for_each_attempt(self, tmp_path: Path) -> None:
         program = """
@@ -14887,9 +14888,9 @@ for span in exporter.get_finished_spans():
             tmp_path, "python", "-c", program, packages="opentelemetry.sdk"
         )
         assert shown.splitlines() == [
-            "default completed UNSET 1",
-            "default retry ERROR 1",
-            "default failed ERROR 2",
+            "count_words UNSET 1",
+            "divide ERROR 1",
+            "divide ERROR 2",
         ]
 
     def test_a_log_line_is_an_object_with_the_facts(self, tmp_path: Path) -> None:

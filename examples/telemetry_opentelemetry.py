@@ -26,9 +26,9 @@ def record(events: Iterable[TaskEvent], tracer: Tracer) -> None:
         if event.type == EventType.DEQUEUED:
             begun[event.task_id] = event
         elif begin := begun.pop(event.task_id, None):
-            facts = {"task": str(event.task_id), "worker": str(begin.worker)}
+            facts = {"task": str(event.task_id), "queue": str(event.queue)}
             span = tracer.start_span(
-                f"{event.queue} {event.type}",
+                begin.details["func"],
                 start_time=nanoseconds(begin.at),
                 attributes=facts | {"attempt": begin.details["attempt"]},
             )

@@ -1,18 +1,31 @@
-"""Prometheus: what happens to tasks, and how many wait, at 127.0.0.1:9464/metrics.
+"""Prometheus: what happens to tasks, how long they run, and how many wait.
 
-Run it beside the workers, once for each file.
+At http://127.0.0.1:9464/metrics, for a file: `telemetry_prometheus.py jobs.db`.
 """
 
 import sys
 from collections.abc import Iterable, Iterator
 
-from prometheus_client import REGISTRY, Counter, Metric, start_http_server
+from prometheus_client import (
+    REGISTRY,
+    Counter,
+    Histogram,
+    Metric,
+    start_http_server,
+)
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
-from omniq_sqlite import SQLiteBackend, SQLiteQueue, TaskEvent, TaskStatus
+from omniq_sqlite import (
+    EventType,
+    SQLiteBackend,
+    SQLiteQueue,
+    TaskEvent,
+    TaskStatus,
+)
 
 EVENTS = Counter("omniq_events", "Events of tasks", ["queue", "type"])
+SECONDS = Histogram("omniq_run_seconds", "Runs of tasks, however they ended", ["func"])
 
 
 class Depth(Collector):
@@ -31,9 +44,15 @@ class Depth(Collector):
 
 
 def count(events: Iterable[TaskEvent]) -> None:
-    """Count events as they come."""
+    """Count events as they come, and the time from a claim to what ended it."""
+    begun: dict[str | None, TaskEvent] = {}
     for event in events:
         EVENTS.labels(event.queue, event.type).inc()
+        if event.type == EventType.DEQUEUED:
+            begun[event.task_id] = event
+        elif begin := begun.pop(event.task_id, None):
+            seconds = (event.at - begin.at).total_seconds()
+            SECONDS.labels(begin.details["func"]).observe(seconds)
 
 
 if __name__ == "__main__":
