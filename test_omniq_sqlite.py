@@ -14486,7 +14486,7 @@ notebook = nbformat.v4.new_notebook(cells=cells)
 nbclient.NotebookClient(notebook, timeout=40, kernel_name="python3").execute()
 for cell in notebook.cells:
     for output in cell.outputs:
-        print(output["text"], end="")
+        print(output.get("text", ""), end="")  # tables are tested elsewhere
 """
 
 
@@ -14685,8 +14685,9 @@ asyncio.run(visit())
         pytest.importorskip("ipykernel")
         section = find_section("In a notebook")
         cells = [text for language, _, text in section.blocks if language == "python"]
-        [shown] = [text for language, _, text in section.blocks if language == "text"]
-        assert run_section(section, tmp_path, NOTEBOOK_RUNNER, cells) == shown
+        shown = [text for language, _, text in section.blocks if language == "text"]
+        printed = run_section(section, tmp_path, NOTEBOOK_RUNNER, cells)
+        assert printed == "".join(shown)
 
 
 EXAMPLES = ROOT / "examples"
