@@ -491,6 +491,15 @@ def run_program(code: str, *args: object, deadline: float = DEADLINE) -> str:
     return done.stdout.strip()
 
 
+RunHere = Callable[[str], str]
+
+
+@pytest.fixture
+def run_here(path: str) -> RunHere:
+    """Run a program on the file of the test to its end; return what it printed."""
+    return lambda code: run_program(code, path)
+
+
 class Programs:
     """Programs that run beside a test; none survives it."""
 
@@ -3115,9 +3124,10 @@ class TestWaking:
             assert got[0] is not None
 
     @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells")
-    def test_each_connection_that_looks_has_a_watch_of_its_own(self, path: str) -> None:
-        run_program(
-            """
+    def test_each_connection_that_looks_has_a_watch_of_its_own(
+        self, run_here: RunHere
+    ) -> None:
+        run_here("""
             queue = SQLiteQueue(path)
             queue.count_tasks()
             bell = queue._async._gateway.database.watch
@@ -3134,9 +3144,7 @@ class TestWaking:
             assert bell.wal is not first
             del first
             assert len(os.listdir("/proc/self/fd")) < 20
-            """,
-            path,
-        )
+            """)
 
     def test_idle_waiters_take_no_write_lock(self, path: str, spied: list[str]) -> None:
         threads = Threads()
@@ -3374,10 +3382,9 @@ class TestFork:
     """What a child commits is gone unless connections are closed."""
 
     def test_what_a_child_commits_stays_when_the_parent_closes_first(
-        self, path: str
+        self, run_here: RunHere
     ) -> None:
-        run_program(
-            """
+        run_here("""
             queue = SQLiteQueue(path)
             queue.enqueue(Task("parent"))
             go, done = os.pipe(), os.pipe()
@@ -3389,9 +3396,7 @@ class TestFork:
             os.write(go[1], b"x")
             join(pid)
             assert rows() == ["child", "parent"], rows()
-            """,
-            path,
-        )
+            """)
 
     @pytest.mark.parametrize("last", ["child", "parent"])
     def test_both_sides_open_again_and_go_on(self, path: str, last: str) -> None:
@@ -3412,9 +3417,8 @@ class TestFork:
             last,
         )
 
-    def test_no_connection_is_open_during_a_fork(self, path: str) -> None:
-        run_program(
-            """
+    def test_no_connection_is_open_during_a_fork(self, run_here: RunHere) -> None:
+        run_here("""
             queue = SQLiteQueue(path)
             queue.enqueue(Task("f"))
             database = queue._async._gateway.database
@@ -3427,26 +3431,22 @@ class TestFork:
                         os.listdir("/proc/self/fd")] if os.path.isdir("/proc") else []
                 assert not any(name.startswith(here) for name in held), held
             join(fork(child))
-            """,
-            path,
-        )
+            """)
 
-    def test_a_fork_before_the_first_use(self, path: str) -> None:
-        run_program(
-            """
+    def test_a_fork_before_the_first_use(self, run_here: RunHere) -> None:
+        run_here("""
             queue = SQLiteQueue(path)
             pids = [fork(lambda: queue.enqueue(Task("child"))) for _ in range(4)]
             queue.enqueue(Task("parent"))
             join(*pids)
             assert rows() == ["child"] * 4 + ["parent"], rows()
-            """,
-            path,
-        )
+            """)
 
-    def test_forks_while_other_threads_are_inside_transactions(self, path: str) -> None:
+    def test_forks_while_other_threads_are_inside_transactions(
+        self, run_here: RunHere
+    ) -> None:
         """Nothing is lost, nothing written twice, and no fork is starved."""
-        run_program(
-            """
+        run_here("""
             queue = SQLiteQueue(path, synchronous="NORMAL")
             stop, counts = threading.Event(), []
             def hammer(name):
@@ -3474,15 +3474,12 @@ class TestFork:
             found = rows()
             assert found.count("child") == 15, found.count("child")
             assert found.count("thread") == sum(counts) > 0
-            """,
-            path,
-        )
+            """)
 
     def test_a_child_does_not_write_what_threads_of_the_parent_wait_to_write(
-        self, path: str
+        self, run_here: RunHere
     ) -> None:
-        run_program(
-            """
+        run_here("""
             queue = SQLiteQueue(path)
             queue.enqueue(Task("first"))
             unlock = lock()
@@ -3503,15 +3500,12 @@ class TestFork:
                 thread.join()
             join(pid)
             assert rows() == ["child", "first"] + ["thread"] * 8, rows()
-            """,
-            path,
-        )
+            """)
 
     def test_inside_a_running_loop_with_async_and_blocking_objects_open(
-        self, path: str
+        self, run_here: RunHere
     ) -> None:
-        run_program(
-            """
+        run_here("""
             async def main():
                 blocking = SQLiteQueue(path, synchronous="NORMAL")
                 async with AsyncSQLiteQueue(path, synchronous="NORMAL") as queue:
@@ -3540,29 +3534,23 @@ class TestFork:
             found = rows()
             assert found == (["blocking"] + ["child async"] * 3
                 + ["child blocking"] * 3 + ["task"] * 50 + ["w"]), found
-            """,
-            path,
-        )
+            """)
 
     def test_an_async_object_whose_loop_has_ended_stops_no_fork(
-        self, path: str
+        self, run_here: RunHere
     ) -> None:
-        run_program(
-            """
+        run_here("""
             queue = AsyncSQLiteQueue(path)
             asyncio.run(queue.enqueue(Task("first")))
             join(fork(lambda: asyncio.run(queue.enqueue(Task("child")))))
             asyncio.run(queue.enqueue(Task("parent")))
             assert rows() == ["child", "first", "parent"], rows()
-            """,
-            path,
-        )
+            """)
 
     def test_an_async_writer_that_waits_for_the_lock_stops_no_fork(
-        self, path: str
+        self, run_here: RunHere
     ) -> None:
-        run_program(
-            """
+        run_here("""
             async def main():
                 queue = AsyncSQLiteQueue(path)
                 await queue.enqueue(Task("first"))
@@ -3578,9 +3566,7 @@ class TestFork:
                 await queue.close()
             asyncio.run(main())
             assert rows() == ["first", "waited"], rows()
-            """,
-            path,
-        )
+            """)
 
     def test_open_in_a_master_and_use_in_workers(self, path: str) -> None:
         """As gunicorn does with --preload: each task is worked by one worker."""
@@ -3647,9 +3633,8 @@ class TestFork:
             "parent",
         ]
 
-    def test_a_database_in_memory_is_copied(self, path: str) -> None:
-        run_program(
-            """
+    def test_a_database_in_memory_is_copied(self, run_here: RunHere) -> None:
+        run_here("""
             queue = SQLiteQueue(":memory:")
             queue.enqueue(Task("both"))
             def child():
@@ -3660,16 +3645,13 @@ class TestFork:
             assert queue.count_tasks() == 1
             queue.enqueue(Task("parent"))
             assert [t.func for t in queue.list_tasks()] == ["both", "parent"]
-            """,
-            path,
-        )
+            """)
 
     def test_a_fork_inside_an_operation_leaves_the_parents_alone(
-        self, path: str
+        self, run_here: RunHere
     ) -> None:
         """Only a signal handler can do that; its child may not touch the file."""
-        run_program(
-            """
+        run_here("""
             queue = SQLiteQueue(path)
             queue.enqueue(Task("before", (1,)))
             pids = []
@@ -3702,14 +3684,11 @@ class TestFork:
             slow.enqueue(Task("after"))
             slow.close()
             assert rows() == ["after"], rows()
-            """,
-            path,
-        )
+            """)
 
-    def test_ctrl_c_works_in_a_child_of_another_thread(self, path: str) -> None:
+    def test_ctrl_c_works_in_a_child_of_another_thread(self, run_here: RunHere) -> None:
         """The main thread was in a call that records SIGINT; the child has none."""
-        run_program(
-            """
+        run_here("""
             queue = SQLiteQueue(path)
             queue.enqueue(Task("f", queue="other"))
             def child():
@@ -3730,13 +3709,12 @@ class TestFork:
             assert queue.dequeue(timeout=20).func == "wake"
             thread.join()
             join(*pids)
-            """,
-            path,
-        )
+            """)
 
-    def test_ctrl_c_during_a_fork_leaves_nothing_locked(self, path: str) -> None:
-        run_program(
-            """
+    def test_ctrl_c_during_a_fork_leaves_nothing_locked(
+        self, run_here: RunHere
+    ) -> None:
+        run_here("""
             queue = SQLiteQueue(path, synchronous="NORMAL")
             queue.enqueue(Task("f"))
             database = queue._async._gateway.database
@@ -3766,9 +3744,7 @@ class TestFork:
             queue.enqueue(Task("parent"))
             os.wait()
             assert rows() == ["child", "f", "parent"], rows()
-            """,
-            path,
-        )
+            """)
 
 
 class TestEventLoops:
@@ -4138,9 +4114,10 @@ class TestInterrupts:
         )
         assert out == "0"
 
-    def test_a_signal_is_raised_after_the_outcome_is_known(self, path: str) -> None:
-        run_program(
-            """
+    def test_a_signal_is_raised_after_the_outcome_is_known(
+        self, run_here: RunHere
+    ) -> None:
+        run_here("""
             queue = SQLiteQueue(path)
             class Stopping:
                 def dumps(self, value): return "[]"
@@ -4158,13 +4135,12 @@ class TestInterrupts:
             assert rows("SELECT status FROM omniq_task") == ["pending"]
             assert rows("SELECT attempt FROM omniq_task") == [0]
             assert rows("SELECT claims FROM omniq_task") == [1]
-            """,
-            path,
-        )
+            """)
 
-    def test_a_handler_that_does_not_raise_changes_nothing(self, path: str) -> None:
-        run_program(
-            """
+    def test_a_handler_that_does_not_raise_changes_nothing(
+        self, run_here: RunHere
+    ) -> None:
+        run_here("""
             seen = []
             signal.signal(signal.SIGINT, lambda *_: seen.append(1))
             queue = SQLiteQueue(path)
@@ -4188,13 +4164,10 @@ class TestInterrupts:
             leader.join()
             thread.join()
             assert rows() == ["leader"], rows()
-            """,
-            path,
-        )
+            """)
 
-    def test_a_follower_takes_back_what_has_not_begun(self, path: str) -> None:
-        run_program(
-            """
+    def test_a_follower_takes_back_what_has_not_begun(self, run_here: RunHere) -> None:
+        run_here("""
             queue = SQLiteQueue(path)
             queue.enqueue(Task("f"))
             database = queue._async._gateway.database
@@ -4221,14 +4194,13 @@ class TestInterrupts:
             leader.join()
             assert rows("SELECT status FROM omniq_task") == ["pending", "pending"]
             assert rows("SELECT claims FROM omniq_task") == [0, 0]
-            """,
-            path,
-        )
+            """)
 
-    def test_a_second_signal_does_not_stop_the_giving_back(self, path: str) -> None:
+    def test_a_second_signal_does_not_stop_the_giving_back(
+        self, run_here: RunHere
+    ) -> None:
         """It comes while another process has the write lock."""
-        run_program(
-            """
+        run_here("""
             queue = SQLiteQueue(path)
             queue.enqueue(Task("f"))
             gateway = queue._async._gateway
@@ -4249,13 +4221,10 @@ class TestInterrupts:
             else:
                 raise AssertionError
             assert rows("SELECT status FROM omniq_task") == ["pending"]
-            """,
-            path,
-        )
+            """)
 
-    def test_a_call_inside_a_call_is_refused(self, path: str) -> None:
-        run_program(
-            """
+    def test_a_call_inside_a_call_is_refused(self, run_here: RunHere) -> None:
+        run_here("""
             queue = SQLiteQueue(path)
             queue.enqueue(Task("f", (1,)))
             refused = []
@@ -4270,9 +4239,7 @@ class TestInterrupts:
             assert SQLiteQueue(path, serializer=Nested()).dequeue() is not None
             assert "inside another one" in refused[0]
             assert queue.count_tasks() == 1
-            """,
-            path,
-        )
+            """)
 
     def test_a_note_left_behind_does_not_refuse_the_next_call(self, path: str) -> None:
         """As by a handler of the program that raises at the very end of a call."""
@@ -4286,9 +4253,8 @@ class TestInterrupts:
 class TestThrownExceptions:
     """A task's timeout is thrown into its thread, but never into a blocking call."""
 
-    def test_none_reaches_a_call_and_all_threads_go_on(self, path: str) -> None:
-        run_program(
-            """
+    def test_none_reaches_a_call_and_all_threads_go_on(self, run_here: RunHere) -> None:
+        run_here("""
             class Thrown(BaseException):
                 pass
             queue = SQLiteQueue(path, synchronous="OFF")
@@ -4329,15 +4295,12 @@ class TestThrownExceptions:
             assert sum(caught) > 0
             acknowledged, found = sum(counts), queue.count_tasks(queue="default")
             assert 0 <= found - acknowledged <= sum(caught), (found, acknowledged)
-            """,
-            path,
-        )
+            """)
 
     def test_one_thrown_while_a_call_begins_ends_it_before_it_did_anything(
-        self, path: str
+        self, run_here: RunHere
     ) -> None:
-        run_program(
-            """
+        run_here("""
             import ctypes
             class Thrown(BaseException):
                 pass
@@ -4360,9 +4323,7 @@ class TestThrownExceptions:
             omniq_sqlite._operating_lock = real
             assert not omniq_sqlite._operating
             assert queue.count_tasks() == 0
-            """,
-            path,
-        )
+            """)
 
     def test_whoever_throws_looks_and_throws_under_the_lock(
         self, monkeypatch: pytest.MonkeyPatch
@@ -4385,9 +4346,8 @@ class TestThrownExceptions:
             assert omniq_sqlite._throw(ident, ZeroDivisionError) is True
 
     @POSIX
-    def test_the_lock_is_free_in_a_forked_child(self, path: str) -> None:
-        run_program(
-            """
+    def test_the_lock_is_free_in_a_forked_child(self, run_here: RunHere) -> None:
+        run_here("""
             queue = SQLiteQueue(path)
             held, release = threading.Event(), threading.Event()
             def hold():
@@ -4402,9 +4362,7 @@ class TestThrownExceptions:
             release.set()
             thread.join()
             assert queue.count_tasks() == 1
-            """,
-            path,
-        )
+            """)
 
 
 def given_back(path: str) -> bool:
@@ -5002,15 +4960,14 @@ class TestFiles:
         assert statuses(path) == ["pending"]
 
     @POSIX
-    def test_what_a_crash_left_in_the_wal_is_recovered(self, path: str) -> None:
-        run_program(
-            """
+    def test_what_a_crash_left_in_the_wal_is_recovered(
+        self, path: str, run_here: RunHere
+    ) -> None:
+        run_here("""
             queue = SQLiteQueue(path)
             queue.enqueue(Task("f"))
             os._exit(0)
-            """,
-            path,
-        )
+            """)
         assert os.stat(path + "-wal").st_size > 0
         with SQLiteQueue(path) as queue:
             assert queue.count_tasks() == 1
@@ -5075,10 +5032,9 @@ class TestFiles:
 @POSIX
 class TestFullDisk:
     def test_a_quota_names_itself_and_the_same_object_works_afterwards(
-        self, path: str
+        self, run_here: RunHere
     ) -> None:
-        run_program(
-            """
+        run_here("""
             import resource
             queue = SQLiteQueue(path)
             queue.enqueue(Task("f"))
@@ -5099,9 +5055,7 @@ class TestFullDisk:
             queue.enqueue(Task("large", ("x" * 100_000,)))
             queue.close()
             assert rows() == ["large"], rows()
-            """,
-            path,
-        )
+            """)
 
     def test_a_full_disk_names_itself_and_the_same_object_works_afterwards(
         self, tmp_path: Path
@@ -11447,12 +11401,17 @@ def crew_program(body: str) -> str:
     return text + "\nif __name__ == '__main__':\n    main(run)\n"
 
 
+Crew = Callable[[str], Program]
+
+
+@pytest.fixture
+def crew(start: Callable[..., Program]) -> Crew:
+    return lambda body: start(crew_program(body))
+
+
 class TestWorkerProcesses:
-    def test_the_children_are_named_and_share_the_work(
-        self, start: Callable[..., Program]
-    ) -> None:
-        program = start(
-            crew_program("""
+    def test_the_children_are_named_and_share_the_work(self, crew: Crew) -> None:
+        program = crew("""
             ids = backend.enqueue_many([who.task() for _ in range(200)])
             print(worker.run(until_empty=True, processes=2))
             found = [r.value for r in backend.results.get_many(ids).values()]
@@ -11460,23 +11419,20 @@ class TestWorkerProcesses:
             print(*sorted({name for name, _ in found} | {"crew-1", "crew-2"}))
             print(backend.queue.list_workers())
             """)
-        )
         program.expect("0", "200 False", "crew-1 crew-2", "[]")
         assert program.end() == 0
         assert program.errors == ""
 
     def test_a_child_that_dies_is_replaced_and_its_task_reclaimed_at_once(
-        self, start: Callable[..., Program]
+        self, crew: Crew
     ) -> None:
-        program = start(
-            crew_program("""
+        program = crew("""
             task_id = backend.enqueue(kill.task())
             started = time.monotonic()
             print(worker.run(until_empty=True, processes=1 + 1))
             print(backend.result(task_id, timeout=0).value.startswith("crew-"))
             print(time.monotonic() - started < 30, backend.result(task_id).attempt)
             """)
-        )
         program.expect("0", "True", "True 2")
         assert program.end() == 0
 
@@ -11501,44 +11457,36 @@ class TestWorkerProcesses:
         assert program.end() == 0
 
     def test_a_child_is_replaced_after_max_tasks_under_another_name(
-        self, start: Callable[..., Program]
+        self, crew: Crew
     ) -> None:
-        program = start(
-            crew_program("""
+        program = crew("""
             ids = backend.enqueue_many([who.task() for _ in range(6)])
             print(worker.run(until_empty=True, processes=2, max_tasks=2))
             found = [r.value for r in backend.results.get_many(ids).values()]
             print(len({tuple(who) for who in found}) >= 3)
             print(len({name for name, _ in found}) == len({pid for _, pid in found}))
             """)
-        )
         program.expect("0", "True", "True")
         assert program.end() == 0
 
-    def test_a_child_with_a_function_that_hangs_is_replaced(
-        self, start: Callable[..., Program]
-    ) -> None:
-        program = start(
-            crew_program("""
+    def test_a_child_with_a_function_that_hangs_is_replaced(self, crew: Crew) -> None:
+        program = crew("""
             ids = [backend.enqueue(hang.task()), backend.enqueue(who.task(), delay=2)]
             print(worker.run(until_empty=True, processes=2))
             print(*(backend.result(i, timeout=0).error_type for i in ids))
             """)
-        )
         program.expect("0", "TaskTimeout None")
         assert program.end() == 0
 
     @POSIX
     @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
     def test_a_signal_stops_them_all(
-        self, start: Callable[..., Program], tmp_path: Path, signum: int
+        self, crew: Crew, tmp_path: Path, signum: int
     ) -> None:
-        program = start(
-            crew_program("""
+        program = crew("""
             backend.enqueue_many([wait.task(), wait.task(), wait.task()])
             print("status", worker.run(processes=2))
             """)
-        )
         pids = {int(program.line()) for _ in range(3)}
         if signum == signal.SIGINT:
             os.killpg(program.process.pid, signum)  # as a terminal does
@@ -11554,10 +11502,9 @@ class TestWorkerProcesses:
 
     @POSIX
     def test_ctrl_c_while_they_start_leaves_no_traceback(
-        self, start: Callable[..., Program]
+        self, crew: Crew, start: Callable[..., Program]
     ) -> None:
-        program = start(
-            crew_program("""
+        program = crew("""
             def tell():
                 while not multiprocessing.active_children():
                     time.sleep(0.001)
@@ -11566,7 +11513,6 @@ class TestWorkerProcesses:
             threading.Thread(target=tell, daemon=True).start()
             print("status", worker.run(processes=2))
             """)
-        )
         program.expect("go")
         time.sleep(0.05)
         os.killpg(program.process.pid, signal.SIGINT)
@@ -11576,14 +11522,12 @@ class TestWorkerProcesses:
 
     @POSIX
     def test_ctrl_c_that_is_not_handled_stops_them_and_is_raised(
-        self, start: Callable[..., Program], tmp_path: Path
+        self, crew: Crew, tmp_path: Path
     ) -> None:
-        program = start(
-            crew_program("""
+        program = crew("""
             backend.enqueue_many([wait.task(), wait.task(), wait.task()])
             worker.run(processes=2, signals=False)
             """)
-        )
         pids = {int(program.line()) for _ in range(3)}
         began = time.monotonic()
         os.killpg(program.process.pid, signal.SIGINT)
@@ -11597,25 +11541,20 @@ class TestWorkerProcesses:
 
     @POSIX
     def test_they_do_not_outlive_a_parent_that_was_killed(
-        self, start: Callable[..., Program], tmp_path: Path
+        self, crew: Crew, tmp_path: Path
     ) -> None:
-        program = start(
-            crew_program("""
+        program = crew("""
             backend.enqueue_many([wait.task(), wait.task(), wait.task()])
             worker.run(processes=2)
             """)
-        )
         pids = {int(program.line()) for _ in range(3)}
         program.process.kill()
         until(lambda: not any(is_alive(pid) for pid in pids))
         with SQLiteBackend(tmp_path / "jobs.db") as backend:
             assert backend.queue.count_tasks(status="pending") == 3
 
-    def test_an_async_worker_has_them_too_and_can_be_stopped(
-        self, start: Callable[..., Program]
-    ) -> None:
-        program = start(
-            crew_program("""
+    def test_an_async_worker_has_them_too_and_can_be_stopped(self, crew: Crew) -> None:
+        program = crew("""
             async def main():
                 async with AsyncSQLiteBackend("jobs.db") as backend:
                     ids = await backend.enqueue_many([who.task() for _ in range(9)])
@@ -11627,7 +11566,6 @@ class TestWorkerProcesses:
 
             asyncio.run(main())
             """)
-        )
         program.expect("0 True")
         assert program.end() == 0
 
@@ -11669,17 +11607,15 @@ class TestWorkerProcesses:
         assert "before it was ready" in program.errors.splitlines()[-1]
 
     def test_a_program_that_forgets_to_stop_them_exits(
-        self, start: Callable[..., Program], tmp_path: Path
+        self, crew: Crew, start: Callable[..., Program], tmp_path: Path
     ) -> None:
-        program = start(
-            crew_program("""
+        program = crew("""
             backend.enqueue(wait.task())
             run = lambda: worker.run(processes=2)
             threading.Thread(target=run, daemon=True).start()
             while not os.path.exists("end"):
                 time.sleep(0.01)
             """)
-        )
         pid = int(program.line())
         (tmp_path / "end").touch()
         assert program.end() == 0
