@@ -1925,7 +1925,7 @@ RETURNING id
 
 SELECT_EVENT_PAST = """
 -- report: what the newest events say of the past
-SELECT at, type, task_id, NULL, details
+SELECT at, type, task_id, NULL, details, event_id
 FROM main.omniq_event INDEXED BY omniq_event_by_time
 WHERE at >= :since AND task_id IS NOT NULL
 ORDER BY at DESC, event_id DESC
@@ -9481,7 +9481,9 @@ def _read_history(
 ) -> _History:
     """Read the past from the events, or else from what the tables say of it."""
     if "events" in found and fetch(SELECT_LAST_EVENT) != [(0,)]:
-        return _History("events", reversed(fetch(SELECT_EVENT_PAST, terms)))
+        rows = fetch(SELECT_EVENT_PAST, terms)
+        rows.sort(key=lambda row: row[5])  # as committed; clocks may have been set
+        return _History("events", (row[:5] for row in rows))
     rows = fetch(SELECT_TASK_PAST, terms)
     known = {row[2] for row in rows}
     if "results" in found:
@@ -9960,6 +9962,7 @@ h2 { margin: 0 0 .6rem; font-size: 1.1rem; }
 p { margin: .3rem 0; }
 a { color: var(--link); }
 :focus-visible { outline: 3px solid var(--link); outline-offset: 2px; }
+nav { margin: .6rem 0; line-height: 2; }
 nav a, nav button { margin-right: .9rem; }
 nav a[aria-current] { color: var(--text); font-weight: 600; text-decoration: none; }
 button { padding: .1rem .7rem; border: 1px solid var(--line); border-radius: 6px;
@@ -10236,18 +10239,22 @@ def _show_seconds(seconds: float) -> str:
 
 
 _SPANS = [1, 2, 5, 10, 15, 30]  # seconds
-_SPANS += [m * 60 for m in (1, 2, 3, 5, 10, 15, 30, 60, 120, 180, 360, 720, 1_440)]
+_SPANS += [m * 60 for m in (1, 2, 3, 5, 10, 15, 30, 60, 120, 180, 360, 720)]
+
+
+def _span(least: float) -> int:
+    """Return a length of time that is easy to read, of at least so many seconds."""
+    return next((s for s in _SPANS if s >= least), math.ceil(least / 86_400) * 86_400)
 
 
 class _Spans:
     """The time between two instants, cut into at most 120 equal spans."""
 
     def __init__(self, since: float, until: float) -> None:
-        long = max(until - since, 60.0) / 119
-        days = math.ceil(long / 86_400) * 86_400
-        self.width = next((w for w in _SPANS if w >= long), days)
+        self.width = _span(max(until - since, 60.0) / 119)
         self.start = math.floor(since / self.width) * self.width
         self.count = max(1, math.ceil((until - self.start) / self.width))
+        self.length = self.width * self.count
 
     def sort(self, history: _History) -> list[collections.Counter[str]]:
         """Count the events of each span, and by how much each state grew."""
@@ -10260,14 +10267,25 @@ class _Spans:
             found[before] -= 1
         return counts
 
-    def label(self, place: float) -> str:
+    def label(self, place: int) -> str:
         local = datetime.fromtimestamp(self.start + place * self.width).astimezone()
-        if self.width >= 43_200:
-            return f"{local:%m-%d}"
-        return f"{local:%H:%M:%S}" if self.width < 60 else f"{local:%H:%M}"
+        date = f"{local:%m-%d} " if self.length > 86_400 else ""
+        return f"{date}{local:%H:%M:%S}" if self.width < 60 else f"{date}{local:%H:%M}"
 
     def ticks(self) -> list[_Tick]:
-        return [(part / 4, self.label(self.count * part / 4)) for part in range(5)]
+        """Return a few round times of the day, or dates, and where they stand."""
+        step = _span(self.length / 5)
+        shift = datetime.fromtimestamp(self.start).astimezone().utcoffset()
+        zone = shift.total_seconds() if shift else 0.0
+        first = math.ceil((self.start + zone) / step) * step - zone
+        ticks = []
+        for number in range(int((self.start + self.length - first) / step) + 1):
+            local = datetime.fromtimestamp(first + number * step).astimezone()
+            text = f"{local:%H:%M:%S}" if step < 60 else f"{local:%H:%M}"
+            if text == "00:00":
+                text = f"{local:%m-%d}"
+            ticks.append(((local.timestamp() - self.start) / self.length, text))
+        return ticks
 
 
 def _chart_depth(seen: _Overview, spans: _Spans) -> _Html:

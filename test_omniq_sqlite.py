@@ -13247,6 +13247,24 @@ class TestReport:
             assert (status, is_one_line(errors)) == (2, True)
         assert status_by_id(jobs) == before
 
+    def test_events_count_in_the_order_of_their_commits(
+        self, db: Path, cli: Cli
+    ) -> None:
+        now = time.time()
+        with SQLiteBackend(db, events=True, clock=lambda: now) as backend:
+            backend.enqueue(Task("f"))
+            now -= 600  # the clock is set
+            task = backend.queue.dequeue()
+            assert task is not None
+            backend.complete(task)
+        with omniq_sqlite._open(argparse.Namespace(file=str(db))) as backend:
+            history = omniq_sqlite._look(backend, 0.0).history
+        assert [step[2:] for step in history.steps] == [
+            ("", "waiting"),
+            ("waiting", "running"),
+            ("running", ""),
+        ]
+
     def test_the_depth_is_reckoned_back_from_what_is_there_now(self) -> None:
         rows = [
             (0.0, "enqueued", "a", None, "{}"),
@@ -13290,6 +13308,33 @@ class TestReport:
         assert spans.count <= 120
         assert spans.start <= since
         assert spans.start + spans.count * spans.width >= until
+
+    @pytest.mark.parametrize(
+        ("since", "until", "expected"),
+        [
+            (3_600, 4_200, ["01:00", "01:02", "01:04", "01:06", "01:08", "01:10"]),
+            (7, 100, ["00:00:30", "00:01:00", "00:01:30"]),
+            (0, 86_400, ["01-01", "06:00", "12:00", "18:00", "01-02"]),
+            (0, 29 * 86_400, ["01-01", "01-07", "01-13", "01-19", "01-25"]),
+        ],
+    )
+    def test_a_scale_of_time_has_round_times_of_the_day(
+        self, since: float, until: float, expected: list[str]
+    ) -> None:
+        program = "import omniq_sqlite, json, sys;"
+        program += "spans = omniq_sqlite._Spans(*map(float, sys.argv[1:]));"
+        program += "print(json.dumps(spans.ticks()))"
+        for zone, shift in (("UTC", 0), ("UTC-5:30", -19_800)):  # east of Greenwich
+            output = command_call(
+                since + shift,
+                until + shift,
+                cwd=Path.cwd(),
+                program=("-c", program),
+                env={"TZ": zone},
+            )[1]
+            ticks = json.loads(output)
+            assert [text for _, text in ticks] == expected
+            assert all(0 <= at <= 1 for at, _ in ticks)
 
     @pytest.mark.parametrize(
         ("seconds", "text"),
