@@ -14231,6 +14231,29 @@ class TestCrashes:
         ]
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="it reads /proc")
+class TestTorture:
+    """The short form of `benchmarks/torture.py`, which see."""
+
+    @pytest.mark.parametrize(
+        "attack", ["kill", "stop", "fork", "clock", "damage", "hostile"]
+    )
+    def test_a_short_round_finds_nothing(self, tmp_path: Path, attack: str) -> None:
+        program = Path(__file__).parent / "benchmarks" / "torture.py"
+        terms = ["0", "--round", "2", "--seed", "1", "--only", attack]
+        done = subprocess.run(
+            [sys.executable, str(program), *terms],
+            capture_output=True,
+            text=True,
+            timeout=100,
+            check=False,
+            env={**os.environ, "TMPDIR": str(tmp_path)},
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        nothing = "lost 0, doubled 0, stuck 0, corrupt 0, hung 0, surfaced 0"
+        assert done.stdout.splitlines()[-1] == nothing
+
+
 POISON = {
     "malformed JSON": "UPDATE omniq_task SET args = '[', metadata = '{'",
     "JSON of another kind": "UPDATE omniq_task SET kwargs = '3'",

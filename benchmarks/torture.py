@@ -967,7 +967,7 @@ def meet_stopped_holder(ring: Ring, form_name: str) -> None:
         began = time.monotonic()
         await call(backend.queue.count_tasks)
         ring.check(
-            time.monotonic() - began < 2, "hung", "a read beside a stopped holder"
+            time.monotonic() - began < 5, "hung", "a read beside a stopped holder"
         )
         began = time.monotonic()
         try:
@@ -976,7 +976,7 @@ def meet_stopped_holder(ring: Ring, form_name: str) -> None:
         except DatabaseBusyError:
             waited = time.monotonic() - began
             ring.check(
-                0.3 < waited < 3, "hung", f"busy after {waited} s instead of 0.4"
+                0.3 < waited < 5, "hung", f"busy after {waited} s instead of 0.4"
             )
         await call(backend.close)
 
@@ -1088,7 +1088,7 @@ def go_about(ring: Ring, form_name: str) -> None:
             task = await call(backend.queue.dequeue, "aside")
             await call(backend.queue.complete, task)
             longest = max(longest, time.monotonic() - began)
-        ring.check(longest < 2, "hung", f"{longest} s beside a stopped waiter")
+        ring.check(longest < 5, "hung", f"{longest} s beside a stopped waiter")
         await call(backend.enqueue, new("f", queue="word"))
         await call(backend.close)
 
@@ -2188,12 +2188,12 @@ def report(ring: Ring, series: dict[str, list[float]]) -> None:
 
 
 def main() -> int:
+    names = ", ".join(ATTACKS)
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("minutes", type=float)
+    parser.add_argument("minutes", type=float, help="after them no round begins")
     parser.add_argument("--seed", type=int, default=random.randrange(10**6))
-    parser.add_argument(
-        "--only", choices=ATTACKS, metavar="ATTACK", help=", ".join(ATTACKS)
-    )
+    parser.add_argument("--only", choices=ATTACKS, metavar="ATTACK", help=names)
+    parser.add_argument("--round", type=float, metavar="SECONDS", help="of each round")
     terms = parser.parse_args()
     print(f"seed {terms.seed}, SQLite {sqlite3.sqlite_version}", flush=True)
     totals: Counter[str] = Counter()
@@ -2204,21 +2204,22 @@ def main() -> int:
 
 
 def plan(only: str | None, minutes: float) -> Iterator[tuple[str, int]]:
-    """Yield the attacks in turn until the time is over."""
+    """Yield the attacks in turn until the time is over, at least one."""
     until = time.monotonic() + 60 * minutes
     names = [only] if only else list(ATTACKS)
     for number in itertools.count():
         for name in names:
+            yield name, number
             if time.monotonic() >= until:
                 return
-            yield name, number
 
 
 def play_round(name: str, seed: str, terms: argparse.Namespace) -> Counter[str]:
     """Play one round, say how it went, and return what broke in it."""
     seconds, function = ATTACKS[name]
-    if name == "soak":
-        seconds = max(seconds, 60 * terms.minutes if terms.only else 0)
+    if name == "soak" and terms.only:
+        seconds = max(seconds, 60 * terms.minutes)
+    seconds = terms.round or seconds
     folder = Path(tempfile.mkdtemp(prefix=f"torture-{name}-"))
     ring = Ring(folder, seed, seconds)
     began = time.monotonic()
