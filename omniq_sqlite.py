@@ -2632,7 +2632,7 @@ class _Pool:
         try:
             with database.gate:
                 while len(self.used) >= self.size or (
-                    database.resting and not database.is_inside(ident)
+                    database.resting and not database.is_used_by(ident)
                 ):
                     database.gate.wait()
                 if database.ended:
@@ -2948,7 +2948,9 @@ class _Database:
         try:
             self._configure(connection)
             self._ensure_schema(connection)
-            self._note_identity()
+            if self.identity is None and not self.memory:
+                self.identity = self._stat()
+            self.check_identity()
             if not writable:
                 connection.execute("PRAGMA query_only = ON")
         except BaseException:
@@ -3013,11 +3015,6 @@ class _Database:
         if mode != "wal":
             raise DatabaseAccessError(self.path, f"WAL mode is refused (got {mode!r})")
 
-    def _note_identity(self) -> None:
-        if self.identity is None and not self.memory:
-            self.identity = self._stat()
-        self.check_identity()
-
     def _stat(self) -> tuple[int, int] | None:
         try:
             status = os.stat(self.path)
@@ -3027,8 +3024,11 @@ class _Database:
 
     def check_identity(self) -> None:
         """Refuse to go on with a file that is no longer the one at its path."""
-        if self.identity is not None and self._stat() != self.identity:
+        if self._is_replaced():
             raise DatabaseReplacedError(self.path)
+
+    def _is_replaced(self) -> bool:
+        return self.identity is not None and self._stat() != self.identity
 
     # -- Schema --
 
@@ -3037,24 +3037,18 @@ class _Database:
 
         Reads first, so that opening a file that is up to date writes nothing.
         Any number of processes may do this at once: whoever gets the write lock
-        looks again and does what is left.
+        looks again and does what is left. After a failure the connection is closed,
+        which rolls back.
         """
-        if not missing_migrations(connection, self.components, self.path):
-            return
-        connection.execute("BEGIN IMMEDIATE")
-        try:
+        if missing_migrations(connection, self.components, self.path):
+            connection.execute("BEGIN IMMEDIATE")
             migrate(connection, self.components, self.path)
             connection.execute("COMMIT")
-        except BaseException:
-            if connection.in_transaction:
-                connection.execute("ROLLBACK")
-            raise
 
     # -- Errors --
 
     def translate(self, error: BaseException, waited: float = 0.0) -> BaseException:
         """Return the error of ours that says what to do about one of SQLite's."""
-        code = getattr(error, "sqlite_errorcode", None)
         if isinstance(error, OmniQError):
             return error
         if isinstance(error, PermissionError):
@@ -3063,34 +3057,30 @@ class _Database:
             return DatabaseAccessError(self.path, error.strerror or str(error))
         if not isinstance(error, sqlite3.Error):
             return error
-        return self._translate_code(error, code or 0, waited)
-
-    def _translate_code(
-        self, error: sqlite3.Error, code: int, waited: float
-    ) -> BaseException:
-        primary = code & 0xFF
-        if primary in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
+        if _is_busy(error):
             return DatabaseBusyError(self.path, waited)
-        if self.identity is not None and self._stat() != self.identity:
+        if self._is_replaced():
             return DatabaseReplacedError(self.path)
-        if primary == sqlite3.SQLITE_FULL:
-            return DatabaseFullError(self.path)
-        if primary == sqlite3.SQLITE_READONLY:
-            return ReadOnlyDatabaseError(self.path)
-        if primary in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
-            return CorruptDatabaseError(self.path, str(error))
-        if primary in (
-            sqlite3.SQLITE_CANTOPEN,
-            sqlite3.SQLITE_IOERR,
-            sqlite3.SQLITE_PERM,
-            sqlite3.SQLITE_AUTH,
-        ):
-            return DatabaseAccessError(self.path, str(error))
-        if primary == sqlite3.SQLITE_TOOBIG:
-            return SerializationError("value", "it is larger than SQLite can store")
-        if primary == sqlite3.SQLITE_ERROR and "no such" in str(error):
-            return SchemaVersionError(self.path, "its", str(error))
-        return OmniQError(f"database {self.path!r}: {error}")
+        return self._translate_code(error, str(error))
+
+    def _translate_code(self, error: sqlite3.Error, text: str) -> BaseException:
+        code = getattr(error, "sqlite_errorcode", None) or 0
+        match code & 0xFF:
+            case sqlite3.SQLITE_FULL:
+                return DatabaseFullError(self.path)
+            case sqlite3.SQLITE_READONLY:
+                return ReadOnlyDatabaseError(self.path)
+            case sqlite3.SQLITE_CORRUPT | sqlite3.SQLITE_NOTADB:
+                return CorruptDatabaseError(self.path, text)
+            case sqlite3.SQLITE_CANTOPEN | sqlite3.SQLITE_IOERR:
+                return DatabaseAccessError(self.path, text)
+            case sqlite3.SQLITE_PERM | sqlite3.SQLITE_AUTH:
+                return DatabaseAccessError(self.path, text)
+            case sqlite3.SQLITE_TOOBIG:
+                return SerializationError("value", "it is larger than SQLite can store")
+            case sqlite3.SQLITE_ERROR if "no such" in text:
+                return SchemaVersionError(self.path, "its", text)
+        return OmniQError(f"database {self.path!r}: {text}")
 
     # -- Reading --
 
@@ -3215,13 +3205,11 @@ class _Database:
                 return False
             self._take(group)
             self._run_group(connection, group, flush)
-        except sqlite3.Error as error:
-            self._roll_back(connection)
-            self._break_up(group, error)
         except BaseException as error:
-            # A mistake of an operation, an interrupt, or an exception that another
-            # thread threw at this one, which may be anywhere.
-            if self.committing and not connection.in_transaction:
+            # One that is not SQLite's was raised by a signal handler or a mistake of
+            # an operation, and may come at any place, also after the commit.
+            sqlites = isinstance(error, sqlite3.Error)
+            if self.committing and not connection.in_transaction and not sqlites:
                 self._finish(group)
             else:
                 self._roll_back(connection)
@@ -3402,7 +3390,7 @@ class _Database:
 
     # -- Rest, fork and close --
 
-    def is_inside(self, ident: int) -> bool:
+    def is_used_by(self, ident: int) -> bool:
         """Tell whether a thread uses a connection."""
         return any(ident in pool.used for pool in self.pools)
 
@@ -3765,39 +3753,11 @@ def _drive(
 # -- The two gateways --
 
 
-class _Gateway(Protocol):
-    """What the classes above need: a write, a read, a wait and a close."""
-
-    database: _Database
-
-    async def write(
-        self, operation: _Operation[T], *, undo: Callable[[T], None] | None = None
-    ) -> T:
-        """Commit an operation; `undo` takes a result whose caller has gone."""
-        ...
-
-    def submit(self, operation: _Operation[Any]) -> None:
-        """Commit an operation that nobody waits for; a failure is logged."""
-        ...
-
-    async def read(self, function: Callable[[sqlite3.Connection], T]) -> T: ...
-
-    async def wait(
-        self, seen: int, timeout: float | None, due: float | None = None
-    ) -> None:
-        """Return when something was committed since `seen`, or at the latest then.
-
-        `timeout`: seconds; `due`: the time on the clock; `None`: never. May
-        return early: look again. Read `seen` (`watch.generation`) before looking.
-        """
-        ...
-
-    async def open(self) -> None: ...
-    async def close(self) -> None: ...
-
-
 class _DirectGateway:
-    """Runs everything in the calling thread. Used by the blocking twins."""
+    """Runs everything in the calling thread. Used by the blocking twins.
+
+    The classes above need a write, a read, a wait and a close, and no more.
+    """
 
     def __init__(self, database: _Database) -> None:
         self.database = database
@@ -3805,6 +3765,7 @@ class _DirectGateway:
     async def write(
         self, operation: _Operation[T], *, undo: Callable[[T], None] | None = None
     ) -> T:
+        """Commit an operation; `undo` takes a result whose caller has gone."""
         self.database.check_open()
         woken = _Latch()
         request = _Request(operation, woken)
@@ -3866,6 +3827,7 @@ class _DirectGateway:
             database.hand_over()
 
     def submit(self, operation: _Operation[Any]) -> None:
+        """Commit an operation that nobody waits for; a failure is logged."""
         woken = _Latch()
         request = _Request(operation, woken)
         try:
@@ -3880,6 +3842,11 @@ class _DirectGateway:
     async def wait(
         self, seen: int, timeout: float | None, due: float | None = None
     ) -> None:
+        """Return when something was committed since `seen`, or at the latest then.
+
+        `timeout`: seconds; `due`: the time on the clock; `None`: never. May
+        return early: look again. Read `seen` (`watch.generation`) before looking.
+        """
         woken = _Latch()
         waiter = _Waiter(due, woken)
         patience = self.database.patience(timeout, due)
@@ -3934,10 +3901,6 @@ class _NoFuture:
         pass
 
 
-def _no_connector() -> sqlite3.Connection:
-    raise AssertionError("the connections come from the pools")
-
-
 class _ConnectionThread:
     """The thread of one aiosqlite connection, for whole functions at a time.
 
@@ -3949,7 +3912,7 @@ class _ConnectionThread:
     """
 
     def __init__(self) -> None:
-        self._connection = aiosqlite.Connection(_no_connector, iter_chunk_size=64)
+        self._connection = aiosqlite.Connection(cast(Any, None), 64)  # opens none
         self._lock = threading.Lock()
         self.outstanding = 0
         # aiosqlite 0.22 has a thread, older ones are one.
@@ -4157,6 +4120,9 @@ class _AsyncGateway:
         with database.gate:
             self._running(None).submit(shut)
         await future
+
+
+_Gateway = _DirectGateway | _AsyncGateway
 
 
 def _no_statement(_connection: sqlite3.Connection) -> None:
