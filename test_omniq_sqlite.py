@@ -4629,6 +4629,28 @@ class TestCheckpoints:
             queue.enqueue(Task("f"))
             assert spied.count("PRAGMA wal_checkpoint(PASSIVE)") == 1
 
+    def test_the_size_of_the_wal_is_not_looked_at_after_each_quick_commit(
+        self, path: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        looked, real = [], os.stat
+
+        def stat_of(name: Any, **options: Any) -> os.stat_result:
+            looked.extend([name] if str(name).endswith("-wal") else [])
+            return real(name, **options)
+
+        monkeypatch.setattr(omniq_sqlite, "_has_wal_reset_bug", lambda _: True)
+        monkeypatch.setattr(omniq_sqlite, "_QUICK", 60.0)
+        with SQLiteQueue(path, synchronous="OFF") as queue:
+            queue.enqueue(Task("f"))
+            monkeypatch.setattr(os, "stat", stat_of)
+            for _ in range(32):
+                queue.enqueue(Task("f"))
+            assert len(looked) == 2
+            monkeypatch.setattr(omniq_sqlite, "_QUICK", 0.0)
+            queue.enqueue(Task("f"))
+            assert len(looked) == 3
+            monkeypatch.undo()
+
     @pytest.mark.usefixtures("affected")
     def test_a_checkpoint_that_finds_the_file_busy_is_put_off(
         self, path: str, monkeypatch: pytest.MonkeyPatch
