@@ -13,6 +13,7 @@ that cannot do something has a dash, and the reason stands below.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import importlib.metadata
 import json
@@ -55,17 +56,19 @@ def _serve(connection: Connection) -> None:
     """Answer calls in a process of its own, until the connection ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # ends its own children
-    while True:
-        try:
-            function, arguments = connection.recv()
-        except EOFError:
-            return
-        try:
-            connection.send((function(*arguments), None))
-        except CannotError as error:
-            connection.send((None, str(error)))
-        except BaseException as error:  # noqa: BLE001 - all of it goes to the parent
-            connection.send((None, f"{type(error).__name__}: {error}"))
+    with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
+        while True:
+            connection.send(_answer(*connection.recv()))
+
+
+def _answer(function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+    """Return a call's value and None, or None and why there is no value."""
+    try:
+        return function(*arguments), None
+    except CannotError as error:
+        return None, str(error)
+    except Exception as error:  # noqa: BLE001 - it becomes a dash with a reason
+        return None, f"{type(error).__name__}: {error}"
 
 
 class Station:
@@ -219,20 +222,27 @@ class Bench:
         slices: dict[str, list[tuple[int, float]]] = {c: [] for c in columns}
         done: Round = {}
 
-        def each(send: Callable[[Station, str], Any]) -> Iterator[tuple[str, Any]]:
+        def each(
+            columns: list[str], send: Callable[[Station, str], Any]
+        ) -> Iterator[tuple[str, Any]]:
             for column in columns:
-                if column not in done:
-                    try:
-                        yield column, send(self.station(column), column)
-                    except CannotError as reason:
-                        done[column] = reason
+                try:
+                    yield column, send(self.station(column), column)
+                except CannotError as reason:
+                    done[column] = reason
 
-        for _ in each(partial(self._begin, row)):
+        def left() -> list[str]:
+            return [c for c in columns if c not in done]
+
+        for _ in each(columns, partial(self._begin, row)):
             pass
+        share = self.size.slices * self.size.slice
         for _ in range(self.size.slices):
-            for column, piece in each(_resume):
+            # One whose single step is long does not get as many.
+            short = [c for c in left() if sum(s for _, s in slices[c]) < share]
+            for column, piece in each(short, _resume):
                 slices[column].append(piece)
-        for column, sample in each(_finish):
+        for column, sample in each(left(), _finish):
             operations, seconds = map(sum, zip(*slices[column], strict=True))
             value = operations / seconds
             if row.fewer_is_better:

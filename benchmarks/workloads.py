@@ -259,6 +259,8 @@ def enqueue_in_bulk(name: str, root: Path, size: Size) -> Measuring:
 
 def work_in_bulk(name: str, root: Path, size: Size) -> Measuring:
     """Claim many tasks in one transaction, complete them in a second."""
+    if PEERS[name].work_bulk is Peer.work_bulk:
+        raise CannotError("no bulk call")
     with filled(name, root, 20) as folder, opened(name, folder, "FULL") as peer:
 
         def step() -> int:
@@ -267,8 +269,8 @@ def work_in_bulk(name: str, root: Path, size: Size) -> Measuring:
             return len(done)
 
         def prepare() -> None:
-            if peer.count() < 5 * size.bulk:
-                peer.fill(payloads(10 * size.bulk))
+            while peer.count() < 15 * size.bulk:  # more than a slice can take
+                peer.fill(payloads(size.bulk))
 
         yield from slices(size, step, prepare)
         yield {"synchronous": peer.synchronous()}
@@ -354,8 +356,8 @@ def _omniq_pairs(root: Path, size: Size) -> Measuring:
         calls = Concurrently(queue, payloads(size.concurrent))
 
         def prepare() -> None:
-            if filler.count_tasks() < 10 * size.concurrent:
-                add_tasks(filler, 20 * size.concurrent)
+            while filler.count_tasks() < 6 * size.concurrent:
+                add_tasks(filler, size.concurrent)
 
         yield from slices(size, lambda: calls.run(calls.work()), prepare)
         calls.close()
