@@ -4869,8 +4869,11 @@ class AsyncSQLiteQueue(_AsyncStorage):
         rows = [self._row_of(task) for task in tasks]
         try:
             cursor = _foreign_cursor(connection, database)
-            change = self._change(cursor)
-            with _foreign_transaction(connection, cursor), change.all_or_nothing():
+            with (
+                self._change(cursor) as change,
+                _foreign_transaction(connection, cursor),
+                change.all_or_nothing(),
+            ):
                 migrate(connection, database.components, database.path)
                 ids = _insert_many(change, rows)
                 self._log_inside(change)

@@ -1888,7 +1888,7 @@ def wal(ring: Ring) -> None:
         os.kill(pid, signal.SIGSTOP)
         time.sleep(ring.random.uniform(0.0005, 0.02))
         os.kill(pid, signal.SIGCONT)
-        time.sleep(ring.random.uniform(0.0, 0.02))
+        time.sleep(ring.random.uniform(0.0, 0.1))
         sizes.append(wal_size(ring.path))
     ring.finish()
     ring.count("stops", len(sizes))
