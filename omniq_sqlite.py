@@ -7468,6 +7468,23 @@ class _Outcome:
     released: bool = False
 
 
+def _log(
+    level: int,
+    worker: str,
+    message: str,
+    *args: object,
+    task: Task | None = None,
+    error: BaseException | None = None,
+) -> None:
+    """Log one line with its facts as fields; never an argument or a result."""
+    extra: dict[str, Any] = {"worker": worker}
+    if task is not None:
+        message, args = f"task %s (%s) {message}", (task.id, task.func, *args)
+        extra |= {"task_id": task.id, "queue": task.queue}
+        extra |= {"func": task.func, "attempt": task.attempt}
+    logger.log(level, message, *args, exc_info=error, extra=extra)
+
+
 class _Run:
     """A claimed task in this worker's hands, from its claim to its outcome.
 
@@ -7489,6 +7506,7 @@ class _Run:
         self.progress: dict[str, Any] | None = None
         self.outcome: _Outcome | None = None
         self.lost = False  # no longer ours; what comes of it is dropped
+        self._pid = os.getpid()
 
     def begin(self, grace: float) -> None:
         """Start the clock of the task's timeout."""
@@ -7496,6 +7514,13 @@ class _Run:
             self.interrupt_at = time.monotonic() + self.task.timeout
             self.give_up_at = self.interrupt_at + grace
             self.heartbeat.wake(self.interrupt_at)
+
+    def end_fork(self) -> None:
+        """End a process that the function forked and came back in: no worker."""
+        if os.getpid() != self._pid:
+            text = "has come back in a process that it forked; that one ends here"
+            _log(logging.ERROR, self.task.worker or "", text, task=self.task)
+            os._exit(1)
 
     def judge(self, error: BaseException) -> _Outcome:
         """Return what an exception out of the function means for the task."""
@@ -7552,23 +7577,6 @@ def progress(done: float, total: float | None = None, message: str = "") -> None
         run.heartbeat.wake(soon)
 
 
-def _log(
-    level: int,
-    worker: str,
-    message: str,
-    *args: object,
-    task: Task | None = None,
-    error: BaseException | None = None,
-) -> None:
-    """Log one line with its facts as fields; never an argument or a result."""
-    extra: dict[str, Any] = {"worker": worker}
-    if task is not None:
-        message, args = f"task %s (%s) {message}", (task.id, task.func, *args)
-        extra |= {"task_id": task.id, "queue": task.queue}
-        extra |= {"func": task.func, "attempt": task.attempt}
-    logger.log(level, message, *args, exc_info=error, extra=extra)
-
-
 class _Threads:
     """Calls plain functions in daemon threads, at most one for each slot."""
 
@@ -7621,6 +7629,7 @@ class _Threads:
                 run.outcome = _Outcome(run.call())
             except BaseException as error:  # noqa: BLE001 -- SystemExit is a failure too
                 run.outcome = run.judge(error)
+            run.end_fork()
             # A thread that was interrupted raises as soon as it goes on, so after
             # this line nothing is left to be raised in what it does next.
             with _operating_lock:
@@ -8081,6 +8090,7 @@ class _Shift:
             run.outcome = self._judge_cancelled(run, error, job.cancelling())
         except BaseException as error:  # noqa: BLE001 -- SystemExit is a failure too
             run.outcome = run.judge(error)
+        run.end_fork()
         while job.cancelling():
             job.uncancel()
         await self._settle(run)

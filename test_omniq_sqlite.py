@@ -11782,6 +11782,168 @@ class TestTrouble:
             until(lambda: other.queue.count("cleanup") > count)
 
 
+class Unreadable(BaseException):
+    def __str__(self) -> str:
+        raise ValueError("no text")
+
+
+class TestAttacks:
+    """What functions and operators do to a worker; the long form is a benchmark."""
+
+    @pytest.mark.parametrize("kind", ["plain", "async"])
+    def test_an_exception_without_a_text_is_a_failed_attempt(
+        self, rig: Rig, kind: str
+    ) -> None:
+        @rig.tasks.register(name="plain")
+        def plain() -> None:
+            raise Unreadable
+
+        @rig.tasks.register(name="async")
+        async def on_loop() -> None:
+            raise Unreadable
+
+        [task_id] = rig.enqueue(Task(kind, max_attempts=2, retry_delay=0.01))
+        assert rig.run() == 0
+        assert rig.get(task_id).status is TaskStatus.FAILED
+        assert "Unreadable" in str(rig.get(task_id).error)
+
+    @pytest.mark.skipif(sys.platform == "win32", reason="no fork")
+    @pytest.mark.parametrize(
+        ("kind", "end"), [("plain", "return"), ("on_loop", "sys.exit(3)")]
+    )
+    def test_a_process_that_a_function_forks_is_no_second_worker(
+        self, start: Callable[..., Program], kind: str, end: str
+    ) -> None:
+        program = start(f"""
+            import os, sys, warnings
+            from omniq_sqlite import SQLiteBackend, TaskRegistry, Worker
+
+            warnings.simplefilter("ignore")  # of a fork beside threads
+            tasks = TaskRegistry()
+
+            @tasks.register(max_attempts=1)
+            def plain():
+                pid = os.fork()
+                if pid == 0:
+                    {end}
+                return pid
+
+            @tasks.register(max_attempts=1)
+            async def on_loop():
+                return plain()
+
+            @tasks.register
+            def after():
+                return os.getpid()
+
+            with SQLiteBackend("jobs.db") as backend:
+                ids = [backend.enqueue(tasks[{kind!r}].task())]
+                ids += [backend.enqueue(after.task()) for _ in range(20)]
+                worker = Worker(backend, tasks, concurrency=1)
+                worker.run(until_empty=True)
+                child, *pids = [backend.result(i, timeout=0).value for i in ids]
+                print(set(pids) == {{os.getpid()}})
+                print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+            """)
+        program.expect("True", "1")
+        assert program.end() == 0
+
+    def test_a_function_that_ends_its_process_uses_up_its_attempts(
+        self, start: Callable[..., Program]
+    ) -> None:
+        source = crew_program("""
+            task_id = backend.enqueue(leave.task())
+            others = [backend.enqueue(who.task(), delay=0.5) for _ in range(3)]
+            print(worker.run(until_empty=True, processes=2))
+            task = backend.queue.get_task(task_id)
+            print(task.status, task.attempt)
+            print(len(backend.results.get_many(others)))
+            """)
+        leave = """
+            @tasks.register(max_attempts=2)
+            def leave():
+                os._exit(7)
+
+            def run("""
+        program = start(source.replace("def run(", textwrap.dedent(leave), 1))
+        program.expect("0", "failed 2", "3")
+        assert program.end() == 0
+
+    @pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
+    def test_a_worker_stopped_beyond_its_lease_changes_nothing_afterwards(
+        self, start: Callable[..., Program], tmp_path: Path
+    ) -> None:
+        program = start("""
+            import logging, sys, time
+            from omniq_sqlite import SQLiteBackend, TaskRegistry, Worker
+
+            logging.basicConfig(stream=sys.stdout, format="%(message)s")
+            tasks = TaskRegistry()
+
+            @tasks.register
+            def hold():
+                print("began", flush=True)
+                time.sleep(1)
+
+            with SQLiteBackend("jobs.db") as backend:
+                task_id = backend.enqueue(hold.task())
+                Worker(backend, tasks, lease=0.5, name="zombie").run()
+            """)
+        program.expect("began")
+        program.process.send_signal(signal.SIGSTOP)
+        with SQLiteBackend(tmp_path / "jobs.db") as backend:
+            task = backend.queue.dequeue(timeout=DEADLINE)
+            assert task is not None
+            program.process.send_signal(signal.SIGCONT)
+            while "lost its lease" not in program.line():
+                pass
+            program.process.send_signal(signal.SIGTERM)
+            assert program.end() == 0
+            assert backend.results.get(task.id) is None  # type: ignore[union-attr]
+            backend.complete(task, "ours")
+            assert backend.result(task.id, timeout=0).value == "ours"
+
+    @pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
+    def test_kills_at_random_moments_leave_nothing_stuck_or_done_twice(
+        self, start: Callable[..., Program], tmp_path: Path
+    ) -> None:
+        source = crew_program("worker.run(processes=2)")
+        chance = random.Random(7)
+        with SQLiteBackend(tmp_path / "jobs.db", events=True) as backend:
+            ids = backend.enqueue_many(
+                [Task("nap", max_attempts=100, retry_delay=0.01) for _ in range(300)]
+            )
+            nap = """
+                @tasks.register
+                def nap():
+                    time.sleep(0.01)
+
+                def run("""
+            source = source.replace("def run(", textwrap.dedent(nap), 1)
+            source = source.replace('"jobs.db"', '"jobs.db", events=True')
+            for _ in range(2):
+                program = start(source)
+                done = backend.results.list_results  # type: ignore[union-attr]
+                before = len(done(limit=1000))
+                until(lambda: len(done(limit=1000)) > before)  # noqa: B023
+                time.sleep(chance.random() / 5)
+                workers = [w.pid for w in backend.queue.list_workers()]
+                victim = chance.choice([program.process.pid, *workers])
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(victim, signal.SIGKILL)
+                time.sleep(chance.random() / 5)
+                program.kill()
+            for worker in backend.queue.list_workers():
+                backend.queue.reclaim(worker.name)
+            tasks = TaskRegistry()
+            tasks.register(lambda: None, name="nap")
+            Worker(backend, tasks).run(until_empty=True, signals=False)
+            assert len(backend.results.get_many(ids)) == 300  # type: ignore[union-attr]
+            events = backend.events.query(type="completed", limit=1000)  # type: ignore[union-attr]
+            assert sorted(str(e.task_id) for e in events) == sorted(ids)
+            assert backend.queue.count_tasks() == 0
+
+
 class TestWorkerLogging:
     def test_start_and_stop_are_one_line_each(
         self, rig: Rig, caplog: pytest.LogCaptureFixture
@@ -11802,11 +11964,7 @@ class TestWorkerLogging:
         def never(password: str) -> None:
             raise ValueError("never")
 
-        [task_id] = rig.enqueue(
-            never.task(
-                "secret",
-            )
-        )
+        [task_id] = rig.enqueue(never.task("secret"))
         rig.run(name="web")
         [warning] = of_worker(caplog, logging.WARNING)
         [error] = of_worker(caplog, logging.ERROR)
@@ -11819,6 +11977,45 @@ class TestWorkerLogging:
         assert error.exc_info
         assert error.exc_info[0] is ValueError
         assert "secret" not in caplog.text
+
+    def test_a_lost_lease_is_a_warning(
+        self, rig: Rig, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        @rig.tasks.register
+        async def wait(password: str) -> None:
+            rig.queue.cancel(current_task().id)
+            await asyncio.sleep(DEADLINE)
+
+        [task_id] = rig.enqueue(wait.task("secret"))
+        rig.run(name="web", lease=0.1)
+        [warning] = of_worker(caplog, logging.WARNING)
+        assert "lost its lease" in warning.getMessage()
+        facts: dict[str, Any] = {"task_id": task_id, "queue": "default"}
+        facts |= {"func": "wait", "attempt": 1, "worker": "web"}
+        assert facts.items() <= warning.__dict__.items()
+        assert "secret" not in caplog.text
+
+    def test_what_concerns_no_task_names_the_worker(
+        self, other: Rig, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        other.queue.faults += [("dequeue_many", OSError("odd"))]
+        other.run(name="web")
+        [warning] = of_worker(caplog, logging.WARNING)
+        assert warning.__dict__["worker"] == "web"
+        assert "task_id" not in warning.__dict__
+
+    def test_a_parent_of_processes_starts_and_stops_too(
+        self, start: Callable[..., Program]
+    ) -> None:
+        program = start(
+            crew_program("""
+            logging.basicConfig(level=logging.INFO, stream=sys.stdout)
+            worker.run(until_empty=True, processes=2)
+            """)
+        )
+        name = "INFO:omniq_sqlite:worker crew"
+        program.expect(f"{name} starts", f"{name} stops")
+        assert program.end() == 0
 
 
 # =============================================================================
