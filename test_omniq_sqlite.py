@@ -10150,7 +10150,7 @@ class TestRun:
         rig.enqueue(rig.tasks.register(thumbnail).task("a"))
         before = threading.active_count()
         rig.run(lease=0.1)
-        until(lambda: threading.active_count() == before)
+        until(lambda: threading.active_count() <= before)
 
     def test_it_runs_only_once_at_a_time(self, rig: Rig) -> None:
         with rig.at_work() as at_work:
@@ -12262,7 +12262,7 @@ class TestDemo:
         make_sparse(tmp_path / "tree" / "sparse", 20_000_000_000)
         command = ("demo", "tree", "--db", "d.db", "--workers", "2")
         took = 0.0
-        for _ in range(5):  # the best counts: other programs use this machine, too
+        for _ in range(3):  # the best counts: other programs use this machine, too
             process = command_start(*command, cwd=tmp_path)
             done = len(stored_values(db)) if db.exists() else 0
             enough = done + 50
@@ -12276,7 +12276,9 @@ class TestDemo:
             took = time.monotonic() - began
             assert process.returncode == 130
             assert "Traceback" not in errors
-            if took < 2.0:
+            began = time.monotonic()
+            command_call("--version", cwd=tmp_path)
+            if took < max(2.0, 5 * (time.monotonic() - began)):
                 break
         else:
             pytest.fail(f"it took {took:.1f} s")
