@@ -14884,7 +14884,7 @@ asyncio.run(visit())
     ) -> None:
         pytest.importorskip("pydantic")
         section = find_section("Your own types")
-        (_, _, program), (_, _, shown) = section.blocks
+        *_, (_, _, program), (_, _, shown) = section.blocks
         for before, after in (
             ("import dataclasses\n", "import pydantic\n"),
             (
