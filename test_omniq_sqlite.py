@@ -11875,7 +11875,7 @@ class TestAttacks:
     ) -> None:
         program = start("""
             import logging, sys, time
-            from omniq_sqlite import SQLiteBackend, TaskRegistry, Worker
+            from omniq_sqlite import SQLiteBackend, TaskRegistry, Worker, progress
 
             logging.basicConfig(stream=sys.stdout, format="%(message)s")
             tasks = TaskRegistry()
@@ -11883,7 +11883,9 @@ class TestAttacks:
             @tasks.register
             def hold():
                 print("began", flush=True)
-                time.sleep(1)
+                while True:  # until its lease is lost
+                    progress(1)
+                    time.sleep(0.01)
 
             with SQLiteBackend("jobs.db") as backend:
                 task_id = backend.enqueue(hold.task())
@@ -11925,7 +11927,7 @@ class TestAttacks:
                 program = start(source)
                 done = backend.results.list_results  # type: ignore[union-attr]
                 before = len(done(limit=1000))
-                until(lambda: len(done(limit=1000)) > before)  # noqa: B023
+                until(lambda: before < len(done(limit=1000)) or before == 300)  # noqa: B023
                 time.sleep(chance.random() / 5)
                 workers = [w.pid for w in backend.queue.list_workers()]
                 victim = chance.choice([program.process.pid, *workers])
