@@ -9203,14 +9203,9 @@ def _print_next_commands(path: str) -> None:
     import shlex
 
     print(f"\ndatabase: {_printable(os.path.realpath(path))}\nlook into it:")
-    file = shlex.quote(path)
-    commands = (
-        f"stats {file}",
-        f"list {file} --status failed",
-        f"events {file} --follow",
-    )
-    for command in (*commands, f"show {file} TASK_ID"):
-        print(_printable(f"  {_program()} {command}"))
+    commands = "stats {}", "list {} --status failed", "show {} TASK_ID"
+    for command in (*commands, "events {} --follow", "serve {}"):
+        print(_printable(f"  {_program()} {command.format(shlex.quote(path))}"))
 
 
 def _run_demo(options: argparse.Namespace) -> int:
@@ -10296,9 +10291,8 @@ def _chart_throughput(seen: _Overview, spans: _Spans) -> _Html:
     series = [("completed", "blue"), ("failed, run again", "amber"), ("failed", "red")]
     counts = zip(seen.history.outcomes().values(), series, strict=True)
     note = "; ".join(f"{count:,} {name}" for count, (name, _) in counts)
-    return _chart(
-        "Attempts per minute", f"In all: {note}.", series, columns, spans.ticks()
-    )
+    note = f"Attempts that ended, for each minute. In all: {note}."
+    return _chart("Throughput and failures", note, series, columns, spans.ticks())
 
 
 _EDGES = [0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30]
@@ -10550,7 +10544,7 @@ def _period(seen: _Overview, since: datetime | None) -> tuple[float, float]:
         return since.timestamp(), now
     instants = [at for at, _, _, _ in seen.history.steps] or [now - 3_600, now]
     first, last = min(instants), max(instants)
-    return first, min(now, last + 60)
+    return first, min(now, last + (last - first) / 20)
 
 
 def _render_header(seen: _Overview, backend: SQLiteBackend, spans: _Spans) -> _Html:
