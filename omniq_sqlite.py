@@ -1966,8 +1966,9 @@ LIMIT :limit
 
 SELECT_RUNNING = """
 -- report: what runs, with the lease that ended or ends first in front
-SELECT id, queue, func, attempt, max_attempts, worker, started_at, lease_until,
-    progress
+SELECT
+    id, queue, func, attempt || ' of ' || max_attempts, worker, started_at,
+    lease_until, progress
 FROM main.omniq_task
 WHERE due_at IS NOT NULL AND status = 'running'
 ORDER BY lease_until
@@ -1976,7 +1977,7 @@ LIMIT :limit
 
 SELECT_FAILED_TASKS = """
 -- report: the tasks that failed last
-SELECT id, finished_at, func, error
+SELECT id, finished_at, func, coalesce(error, '')
 FROM main.omniq_task
 WHERE status = 'failed' AND finished_at >= :since
 ORDER BY finished_at DESC
@@ -8739,8 +8740,8 @@ class Worker:
 # a function from its options to the exit status. What is typed in is JSON or else
 # a plain string; the only code that is imported is what the operator names with
 # `--app`. What comes out of a file is escaped before it reaches a terminal.
-# First how things are shown, then the demo, the other commands, and at the end
-# the tables of options and commands.
+# First how things are shown, then the demo, the other commands, the page on a
+# file, and at the end the tables of options and commands.
 
 
 class _CommandError(OmniQError):
@@ -8926,13 +8927,6 @@ def _open(options: argparse.Namespace, *wanted: str) -> SQLiteBackend:
     return SQLiteBackend(
         options.file, queue=queue, results="results" in found, events="events" in found
     )
-
-
-def _rows(
-    backend: SQLiteBackend, statement: str, terms: Mapping[str, Any]
-) -> list[Row]:
-    """Return what a statement of ours finds in the file of the queue."""
-    return backend._run(backend.queue._async._rows, statement, **terms)
 
 
 # -- demo --
@@ -9325,7 +9319,7 @@ def _run_enqueue(options: argparse.Namespace) -> int:
 # -- what goes on in a file, for `stats --watch`, `report` and `serve` --
 
 _PAST_LIMIT = 100_000  # events that are looked at, so that a page costs no minute
-_SHOWN = 200  # running and failed tasks
+_RUNNING_LIMIT = 200  # tasks that are shown
 
 # A task waits (scheduled or pending), runs, or is not there ("").
 _STATE_AFTER = {
@@ -9353,7 +9347,7 @@ class _History:
         self.funcs: dict[str, str] = {}  # by task
         self._last: dict[str, tuple[float, str]] = {}  # by task: its last event
         for row in rows:
-            if row[1] in _EVENT_TYPES:
+            if row[1] in _EVENT_TYPES and row[0] < 1e11:  # a year that dates know
                 self._replay(*row)
         self._last.clear()
 
@@ -9371,7 +9365,8 @@ class _History:
                 self.waits.append(at - since)
         elif last == EventType.DEQUEUED and kind in _OUTCOMES:
             self.runs.append((self.funcs[task_id], kind, at - since))
-        self.steps.append((at, kind, before, _STATE_AFTER.get(kind, "")))
+        what = "" if by_hand else kind
+        self.steps.append((at, what, before, _STATE_AFTER.get(kind, "")))
         self._last[task_id] = at, kind
 
     def outcomes(self) -> dict[str, int]:
@@ -9418,6 +9413,7 @@ class _Overview:
     queues: list[QueueStats]
     workers: list[WorkerInfo]
     running: list[_Running]
+    overdue: int
     failures: list[_Failure]
     history: _History
 
@@ -9429,73 +9425,84 @@ def _look(
     failed_limit: int = 10,
 ) -> _Overview:
     """Look at a file, what happened in it since an instant, and what failed last."""
-    found = {"queue"} | {n for n in ("results", "events") if getattr(backend, n)}
+    found = {n for n in ("results", "events") if getattr(backend, n) is not None}
     workers = backend.queue.list_workers()
 
     def look(connection: sqlite3.Connection) -> _Overview:
-        terms: dict[str, Any] = {"since": since, "limit": _PAST_LIMIT}
-        fetch = partial(_fetch, connection)
+        reader = _Reader(connection, found)
         connection.execute("BEGIN")  # all of it is of one instant
         try:
-            queues = _read_stats(connection)
-            running = [_running_from_row(row) for row in fetch(SELECT_RUNNING, terms)]
-            history = _read_history(fetch, found, terms)
-            terms = {"since": failed_since, "limit": failed_limit}
-            failures = _read_failures(fetch, found, terms, history.funcs)
+            queues, history = _read_stats(connection), reader.history(since)
+            overdue = reader.rows(SELECT_OVERDUE, before=time.time())
+            return _Overview(
+                _now(),
+                queues,
+                workers,
+                reader.running(),
+                sum(count for _, count in overdue),
+                reader.failures(failed_since, failed_limit, history.funcs),
+                history,
+            )
         finally:
             connection.execute("COMMIT")
-        return _Overview(_now(), queues, workers, running, failures, history)
 
     return backend._run(backend.queue._async._gateway.read, look)
 
 
-def _fetch(
-    connection: sqlite3.Connection, statement: str, terms: Mapping[str, Any] = {}
-) -> list[Row]:
-    return connection.execute(statement, terms).fetchall()
+class _Reader:
+    """Reads what goes on in a file that has these components beside the queue."""
 
+    def __init__(self, connection: sqlite3.Connection, found: set[str]) -> None:
+        self.connection = connection
+        self.found = found
 
-def _read_history(
-    fetch: Callable[..., list[Row]], found: set[str], terms: dict[str, Any]
-) -> _History:
-    """Read the past from the events, or else from what the tables say of it."""
-    if "events" in found and fetch(SELECT_LAST_EVENT) != [(0,)]:
-        rows = fetch(SELECT_EVENT_PAST, terms)
-        rows.sort(key=lambda row: row[5])  # as committed; clocks may have been set
-        return _History("events", (row[:5] for row in rows))
-    rows = fetch(SELECT_TASK_PAST, terms)
-    known = {row[2] for row in rows}
-    if "results" in found:
-        rows += [r for r in fetch(SELECT_RESULT_PAST, terms) if r[2] not in known]
-    # Of one instant: in the order of a task's life.
-    order = list(EventType).index
-    return _History("tables", sorted(rows, key=lambda r: (r[0], order(r[1]))))
+    def rows(self, statement: str, **terms: object) -> list[Row]:
+        return self.connection.execute(statement, terms).fetchall()
 
+    def history(self, since: float) -> _History:
+        """Read the past from the events, or else from what the tables say of it."""
+        past = partial(self.rows, since=since, limit=_PAST_LIMIT)
+        if "events" in self.found and self.rows(SELECT_LAST_EVENT) != [(0,)]:
+            # In the order of their commits: clocks may have been set.
+            rows = sorted(past(SELECT_EVENT_PAST), key=lambda row: row[5])
+            return _History("events", (row[:5] for row in rows))
+        rows = past(SELECT_TASK_PAST)
+        known = {row[2] for row in rows}
+        if "results" in self.found:
+            rows += [row for row in past(SELECT_RESULT_PAST) if row[2] not in known]
+        # Of one instant: in the order of a task's life.
+        order = list(EventType).index
+        return _History("tables", sorted(rows, key=lambda r: (r[0], order(r[1]))))
 
-def _read_failures(
-    fetch: Callable[..., list[Row]],
-    found: set[str],
-    terms: dict[str, Any],
-    funcs: dict[str, str],
-) -> list[_Failure]:
-    """Return what failed, the last one first: by results, and by tasks without one."""
-    rows = fetch(SELECT_FAILED_RESULTS, terms) if "results" in found else []
-    failed = {row[0]: row[1:] for row in rows}
-    for task_id, at, func, error in fetch(SELECT_FAILED_TASKS, terms):
-        failed[task_id] = at, func, error or ""
-    failures = [
-        _Failure(task_id, cast(datetime, _from_unix(at)), func or funcs.get(task_id), e)
-        for task_id, (at, func, e) in failed.items()
-    ]
-    return sorted(failures, key=lambda failure: failure.at, reverse=True)
+    def running(self) -> list[_Running]:
+        running = []
+        for row in self.rows(SELECT_RUNNING, limit=_RUNNING_LIMIT):
+            task_id, queue, func, attempts, worker, started_at, until, progress = row
+            started, ends = _from_unix(started_at), cast(datetime, _from_unix(until))
+            task = _Running(
+                task_id, queue, func, attempts, worker, started, ends, progress
+            )
+            running.append(task)
+        return running
 
-
-def _running_from_row(row: Row) -> _Running:
-    started_at, lease_until = map(_from_unix, row[6:8])
-    task_id, queue, func, attempt, max_attempts, worker, *_ = row
-    attempts = f"{attempt} of {max_attempts}"
-    until = cast(datetime, lease_until)
-    return _Running(task_id, queue, func, attempts, worker, started_at, until, row[8])
+    def failures(
+        self, since: float, limit: int, funcs: Mapping[str, str]
+    ) -> list[_Failure]:
+        """Read what failed, the last one first: results, and tasks without one."""
+        last = partial(self.rows, since=since, limit=limit)
+        rows = last(SELECT_FAILED_RESULTS) if "results" in self.found else []
+        failed = {row[0]: row for row in rows}
+        failed |= {row[0]: row for row in last(SELECT_FAILED_TASKS)}
+        failures = [
+            _Failure(
+                task_id,
+                cast(datetime, _from_unix(at)),
+                func or funcs.get(task_id),
+                text,
+            )
+            for task_id, at, func, text in failed.values()
+        ]
+        return sorted(failures, key=lambda failure: failure.at, reverse=True)
 
 
 # -- stats, list, show, events --
@@ -9601,8 +9608,8 @@ def _run_list(options: argparse.Namespace) -> int:
     chosen = _filters(options, TaskStatus)
     chosen |= {"limit": options.limit + 1, "offset": options.offset}
     with _open(options, "queue") as backend:
-        rows = _rows(backend, SELECT_MATCHING, chosen)
-        tasks = [backend.queue.get_task(row[1]) for row in rows[: options.limit]]
+        rows = backend._run(backend.queue._async._rows, SELECT_MATCHING, **chosen)
+        tasks = [_read_task(backend, row) for row in rows[: options.limit]]
     shown = [task for task in tasks if task is not None]
     if not shown:
         return _nothing_found("such tasks", options)
@@ -9615,6 +9622,16 @@ def _run_list(options: argparse.Namespace) -> int:
     if len(rows) > options.limit:
         _note(f"there are more than {options.limit:,}: see --limit and --offset")
     return 0
+
+
+def _read_task(backend: SQLiteBackend, row: Row) -> Task | None:
+    """Return a task, or one that says why it cannot be read, so that others show."""
+    _, task_id, status, queue, func = row
+    try:
+        return backend.queue.get_task(task_id)
+    except SerializationError as error:
+        stored = TaskStatus(status)
+        return Task(func, queue=queue, id=task_id, status=stored, error=str(error))
 
 
 def _rows_of_tasks(
@@ -10337,7 +10354,7 @@ def _render_now(seen: _Overview) -> _Html:
 
     waits = [q.oldest_pending_at for q in seen.queues if q.oldest_pending_at]
     facts: dict[str, object] = {name: total(name) for name in LIVE_STATUSES}
-    facts["overdue"] = sum(task.lease_until < seen.at for task in seen.running)
+    facts["overdue"] = seen.overdue
     facts["oldest wait"] = _age_of(min(waits, default=None))
     facts |= {name: total(name) for name in FINAL_STATUSES if total(name)}
     tiles = []
@@ -10734,7 +10751,7 @@ def _make_handler(host: str, page: _LivePage) -> Any:
         def show(self, since: str) -> None:
             try:
                 self.answer(200, page.render(since), "text/html")
-            except (OmniQError, OSError, ValueError) as error:
+            except Exception as error:  # noqa: BLE001 -- a file may hold anything
                 self.answer(503, _printable(str(error)).encode(errors="replace"))
 
         def answer(self, status: int, body: bytes, kind: str = "text/plain") -> None:

@@ -12907,6 +12907,17 @@ class TestList:
         lines = cli("list", jobs, *filters)[1].splitlines()
         assert [line.split()[0] for line in lines[1:]] == expected
 
+    def test_a_task_that_cannot_be_read_says_why_and_hides_no_other(
+        self, jobs: str, cli: Cli
+    ) -> None:
+        with raw(jobs) as connection:
+            connection.execute("UPDATE omniq_task SET args = '{' WHERE id = 'failed'")
+        status, output, _ = cli("list", jobs, "--json")
+        records = {record["id"]: record for record in lines_of(output)}
+        assert (status, set(records)) == (0, {"failed", "waiting", "late"})
+        assert "task failed: args" in records["failed"]["error"]
+        assert records["failed"]["status"] == "failed"
+
     def test_nothing_found_is_status_1(self, jobs: str, cli: Cli) -> None:
         assert cli("list", jobs, "--queue", "none")[:2] == (1, "")
 
@@ -13498,17 +13509,19 @@ class TestReport:
             (131.5, "completed", "a", None, '{"attempt": 2}'),
             (150.0, "custom", "a", None, "{}"),
             (190.0, "cancelled", "b", None, "{}"),
-            (191.0, "retry", "c", None, "{}"),
+            (191.0, "retry", "c", None, "{}"),  # by hand: it had ended
+            (float("inf"), "failed", "b", None, "{}"),
             (192.0, "dequeued", "d", None, "not JSON"),
         ]
         history = omniq_sqlite._History("events", rows)
         assert history.waits == [70.0]
         assert history.runs == [("f", "retry", 10.0), ("f", "completed", 1.5)]
+        assert history.outcomes() == {"completed": 1, "retry": 1, "failed": 0}
         spans = omniq_sqlite._Spans(0.0, 239.0)
         assert (spans.start, spans.width) == (0, 5)
         spans.width, spans.count = 60, 4
         seen = omniq_sqlite._Overview(
-            at(0), [QueueStats("q", pending=3, running=1)], [], [], [], history
+            at(0), [QueueStats("q", pending=3, running=1)], [], [], 0, [], history
         )
         page = Page(omniq_sqlite._chart_depth(seen, spans))
         titles = [a["aria-label"] for _, a in page.elements if "aria-label" in a]
