@@ -398,9 +398,6 @@ def refuse_ends(path: Any) -> None:
 
 POSIX = pytest.mark.skipif(os.name != "posix", reason="no fork and no signals here")
 
-HAS_BUG = omniq_sqlite._has_wal_reset_bug(sqlite3.sqlite_version_info)
-"""Whether this machine's SQLite needs the guard around checkpoints."""
-
 
 @pytest.fixture
 def path(tmp_path: Path) -> str:
@@ -11807,7 +11804,7 @@ class TestAttacks:
         assert rig.get(task_id).status is TaskStatus.FAILED
         assert "Unreadable" in str(rig.get(task_id).error)
 
-    @pytest.mark.skipif(sys.platform == "win32", reason="no fork")
+    @POSIX
     @pytest.mark.parametrize(
         ("kind", "end"), [("plain", "return"), ("on_loop", "sys.exit(3)")]
     )
@@ -11869,7 +11866,7 @@ class TestAttacks:
         program.expect("0", "failed 2", "3")
         assert program.end() == 0
 
-    @pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
+    @POSIX
     def test_a_worker_stopped_beyond_its_lease_changes_nothing_afterwards(
         self, start: Callable[..., Program], tmp_path: Path
     ) -> None:
@@ -11905,7 +11902,7 @@ class TestAttacks:
             backend.complete(task, "ours")
             assert backend.result(task.id, timeout=0).value == "ours"
 
-    @pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
+    @POSIX
     def test_kills_at_random_moments_leave_nothing_stuck_or_done_twice(
         self, start: Callable[..., Program], tmp_path: Path
     ) -> None:
