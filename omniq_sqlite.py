@@ -5934,8 +5934,8 @@ def _unblocked(storage: Any) -> Any:
 class SQLiteQueue(_Twin[AsyncSQLiteQueue]):
     """A task queue in an SQLite file; blocking twin of `AsyncSQLiteQueue`.
 
-    The parameters are the same. Any number of threads may use one object, also
-    beside a running event loop.
+    The parameters are the same, and each method does what the async one's docstring
+    says. Any number of threads may use one object, also beside a running event loop.
     """
 
     def __init__(
@@ -6531,11 +6531,18 @@ class AsyncSQLiteBackend(_AsyncStorage):
     # -- Tasks --
 
     async def enqueue(self, task: Task, *, delay: float = 0.0) -> str:
-        """Add a task and return its id, or the id of the live one with its key."""
+        """Add a task and return its id, or the id of the live one with its key.
+
+        Durable when it returns. Parameters and errors are those of the queue's
+        `enqueue`.
+        """
         return await self._queue.enqueue(task, delay=delay)
 
     async def enqueue_many(self, tasks: Iterable[Task]) -> list[str]:
-        """Add tasks in one transaction, all or nothing, and return their ids."""
+        """Add tasks in one transaction, all or nothing, and return their ids.
+
+        Raises: `DuplicateTaskError`, `SerializationError`; then none was added.
+        """
         return await self._queue.enqueue_many(tasks)
 
     async def complete(
@@ -7331,6 +7338,11 @@ class TaskFunction(Generic[P, T]):
 
 class TaskRegistry:
     """The functions that a worker may call, by name.
+
+        tasks = TaskRegistry()
+
+        @tasks.register(max_attempts=5, timeout=30)
+        def thumbnail(path: str, size: int = 128) -> str: ...
 
     A name is the function's own (its `__name__`, without the module, so that it
     survives a move to another file) unless `name=` gives another one. A registry
