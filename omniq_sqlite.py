@@ -10156,21 +10156,16 @@ def _chart(
     The drawing stretches to the width that there is; what is to be read stands
     beside it and keeps its size.
     """
-    top = _round_up(max((sum(values) for _, values in columns), default=0))
+    top = _round_up(max(sum(values) for _, values in columns))
     drawn = [_draw(i, column, series, top) for i, column in enumerate(columns)]
     grid = _element("line", x1=0, x2=len(columns), y1=50, y2=50)
-    box = {"viewBox": f"0 0 {len(columns) or 1} 100", "preserveAspectRatio": "none"}
+    box = {"viewBox": f"0 0 {len(columns)} 100", "preserveAspectRatio": "none"}
     scale = [
-        _element(
-            "span",
-            _show_count(top * (1 - part)),
-            style=f"top: {part:.0%}",
-            aria_hidden="true",
-        )
-        for part in (0, 0.5, 1)
+        _element("span", _show_count(top * part), style=f"top: {1 - part:.0%}")
+        for part in (1, 0.5, 0)
     ]
     svg = _element("svg", grid, *drawn, role="img", aria_label=f"{key}. {note}", **box)
-    places = [_draw_tick(at, text) for at, text in ticks]
+    places = list(itertools.starmap(_draw_tick, ticks))
     keys = [
         _element("span", _swatch(colour), f" {name}", class_="key")
         for name, colour in series
@@ -10185,7 +10180,9 @@ def _chart(
     return _element(
         "figure",
         _element("figcaption", *keys, _element("p", note, class_="quiet")),
-        _element("div", *scale, svg, class_="plot"),
+        _element(
+            "div", _element("div", *scale, aria_hidden="true"), svg, class_="plot"
+        ),
         _element("div", *places, class_="ticks", aria_hidden="true"),
         numbers,
     )
@@ -10387,21 +10384,11 @@ def _render_running(seen: _Overview) -> _Html:
     rows = []
     for task in seen.running:
         task_id, func, age, lease, worker = _row_of_running(task, seen.at)
-        shown = _element(
-            "span", lease, class_="bad" if task.lease_until < seen.at else ""
-        )
+        late = "bad" if task.lease_until < seen.at else ""
+        shown = _element("span", lease, class_=late)
         facts = (task.attempts, _progress_of(task), task.queue, worker)
         rows.append((func, age, shown, *facts, _element("code", task_id)))
-    headers = [
-        "function",
-        "for",
-        "lease",
-        "attempt",
-        "progress",
-        "queue",
-        "worker",
-        "id",
-    ]
+    headers = "function for lease attempt progress queue worker id".split()
     note = "An overdue lease is handed out again by the next claim from its queue."
     quiet = _element("p", note, class_="quiet")
     table = _html_table("Running", headers, rows)
@@ -10475,9 +10462,7 @@ def _kind_of(error: str) -> str:
 def _render_group(group: list[_Failure], result: TaskResult | None) -> _Html:
     """Return failures of one kind, the last of which stands for all."""
     last = group[0]
-    funcs = (
-        ", ".join(sorted({f.func for f in group if f.func})) or "a function not known"
-    )
+    funcs = ", ".join(sorted({f.func or "?" for f in group}))
     count = _element("strong", f"{len(group):,} \N{MULTIPLICATION SIGN} ")
     summary = _element("summary", count, _shorten(last.error, 300))
     about = f"In {funcs}; last at {_show_cell(last.at)[:19]}, task "
@@ -10501,15 +10486,12 @@ def _render_health(backend: SQLiteBackend, findings: Sequence[Finding]) -> _Html
     state = _html_table("Findings", ["severity", "check", "finding"], rows)
     if not rows:
         state = _element("p", "check() found nothing wrong.")
-    sizes = [0, 0]
-    for i, suffix in enumerate(("", "-wal")):
-        with contextlib.suppress(OSError):
-            sizes[i] = os.path.getsize(backend.path + suffix)
-    note = f"File {sizes[0]:,} bytes, WAL {sizes[1]:,} bytes; SQLite"
-    note += f" {sqlite3.sqlite_version}, omniq_sqlite {__version__}."
-    return _section(
-        "health", "Health of the file", state, _element("p", note, class_="quiet")
-    )
+    wal = Path(backend.path + "-wal")
+    note = f"File {os.path.getsize(backend.path):,} bytes,"
+    note += f" WAL {wal.stat().st_size if wal.exists() else 0:,} bytes;"
+    note += f" SQLite {sqlite3.sqlite_version}, omniq_sqlite {__version__}."
+    about = _element("p", note, class_="quiet")
+    return _section("health", "Health of the file", state, about)
 
 
 # -- the page --

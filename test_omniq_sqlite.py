@@ -13791,7 +13791,7 @@ class Browser:
 
     def _receive(self) -> dict[str, Any]:
         while b"\0" not in self._buffer:
-            assert wait_readable([self._read], [], [], 30)[0], "no answer"
+            assert wait_readable([self._read], [], [], 60)[0], "no answer"
             chunk = os.read(self._read, 1 << 20)
             assert chunk, "the browser has ended"
             self._buffer += chunk
