@@ -606,7 +606,11 @@ _RULES = {
     ),
     **_rules("limit offset attempt claims claim", *_integer()),
     **_rules("max_attempts concurrency processes max_tasks", *_integer(1)),
-    **_rules("message error", "a string", lambda value: isinstance(value, str)),
+    **_rules(
+        "message error error_type traceback",
+        "a string",
+        lambda value: isinstance(value, str),
+    ),
     "args": ("a tuple", lambda value: isinstance(value, (tuple, list))),
     "priority": _integer(-_MAX_INTEGER),
     "lease": _number(0.001),

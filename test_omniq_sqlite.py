@@ -9,6 +9,7 @@ import contextlib
 import contextvars
 import ctypes
 import dataclasses
+import doctest
 import enum
 import functools
 import gc
@@ -36,6 +37,7 @@ import sqlite3
 import stat
 import subprocess
 import sys
+import tempfile
 import textwrap
 import threading
 import time
@@ -67,8 +69,15 @@ import aiosqlite
 import anyio
 import pytest
 import trio
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+)
 
 import omniq_sqlite
 from omniq_sqlite import (
@@ -7596,6 +7605,556 @@ class TestEnqueueOnAnyConnection:
         assert await claim_names(queue) == ["f"]
 
 
+# What nobody should pass, for any parameter: other types, numbers out of range, text
+# that SQLite cannot store, nested values.
+ODD = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.sampled_from([0, -1, 2**63, -(2**63), 10**400, -(10**400), 5.0]),
+    st.sampled_from([-0.5, 1e12, 1e308, float("nan"), float("inf"), float("-inf")]),
+    st.sampled_from(["", "\0", "a\0b", "\ud800", "x" * 1_001, "x" * 10**6, "default"]),
+    st.sampled_from(["; DROP TABLE omniq_task", "'", "*", "running", "5"]),
+    st.text(max_size=5),
+    st.binary(max_size=3),
+    st.datetimes(),
+    st.datetimes(timezones=st.just(UTC)),
+    st.lists(st.none() | st.integers() | st.text(max_size=2), max_size=2),
+    st.dictionaries(st.integers() | st.text(max_size=2), st.none(), max_size=2),
+    st.builds(object),
+    st.just(ValueError("no")),
+    st.builds(lambda: Task("f")),
+    st.builds(lambda: json.loads("[" * 250 + "]" * 250)),
+)
+
+# A call of every method, with arguments that are fine.
+FINE: dict[str, dict[str, dict[str, Any]]] = {
+    "Queue": {
+        "enqueue": {"task": Task("f"), "delay": 0.0},
+        "enqueue_many": {"tasks": [Task("f")]},
+        "dequeue": {"queues": "q", "timeout": 0.0, "lease": 60.0, "worker": "w"},
+        "dequeue_many": {
+            "limit": 1, "queues": "q", "timeout": 0.0, "lease": 60.0, "worker": "w",
+        },
+        "complete": {"task": Task("f", lease_id="x")},
+        "complete_many": {"tasks": [Task("f", lease_id="x")]},
+        "fail": {
+            "task": Task("f", lease_id="x"), "error": "no", "retry": True, "delay": 1.0,
+        },
+        "release": {"task": Task("f", lease_id="x"), "delay": 1.0},
+        "extend": {"task": Task("f", lease_id="x"), "lease": 60.0, "progress": 1},
+        "reclaim": {"worker": "w"},
+        "cancel": {"task_id": "x"},
+        "cancel_all": {"queue": "q", "func": "f", "status": "pending"},
+        "retry": {"task_id": "x"},
+        "retry_all": {"queue": "q", "func": "f"},
+        "pause": {"queue": "q"},
+        "resume": {"queue": "q"},
+        "purge": {"queue": "q", "status": "failed", "older_than": 1.0},
+        "get_task": {"task_id": "x"},
+        "list_tasks": {
+            "queue": "q", "status": "failed", "func": "f", "unique_key": "k",
+            "limit": 1, "offset": 0,
+        },
+        "count_tasks": {"queue": "q", "status": "failed"},
+    },
+    "ResultStorage": {
+        "store": {"result": TaskResult("x", ResultStatus.SUCCESS), "ttl": 1.0},
+        "store_many": {"results": [TaskResult("x", ResultStatus.SUCCESS)]},
+        "get": {"task_id": "x"},
+        "get_many": {"ids": ["x"]},
+        "wait": {"task_id": "x", "timeout": 0.0},
+        "delete": {"task_id": "x"},
+        "list_results": {"status": "error", "limit": 1, "offset": 0},
+        "purge": {"older_than": 1.0},
+    },
+    "EventStorage": {
+        "log": {"event": TaskEvent("x")},
+        "log_many": {"events": [TaskEvent("x")]},
+        "query": {
+            "task_id": "x", "queue": "q", "type": "x", "since": at(0), "until": at(1),
+            "after": "0", "limit": 1, "newest_first": True,
+        },
+        "count": {
+            "task_id": "x", "queue": "q", "type": "x", "since": at(0), "until": at(1),
+            "after": "0",
+        },
+        "follow": {"after": "0"},
+        "purge": {"older_than": 1.0},
+    },
+    "Backend": {
+        "enqueue": {"task": Task("f"), "delay": 0.0},
+        "enqueue_many": {"tasks": [Task("f")]},
+        "complete": {
+            "task": Task("f", lease_id="x"), "value": 1, "enqueue": [Task("g")],
+        },
+        "fail": {
+            "task": Task("f", lease_id="x"), "exception": ValueError("no"),
+            "retry": True, "delay": 1.0,
+        },
+        "status": {"task_id": "x"},
+        "result": {"task_id": "x", "timeout": 0.0},
+        "wait_all": {"ids": ["x"], "timeout": 0.0},
+        "from_url": {"url": "sqlite:///jobs.db"},
+    },
+}  # fmt: skip
+
+# What a caller can expect of a call that was refused. Anything else, such as an
+# `sqlite3.Error` or an `AttributeError` from inside, is a mistake of the module.
+REFUSALS = (OmniQError, ValueError, TypeError, TimeoutError)
+
+QUICK = settings(
+    max_examples=25,
+    deadline=None,
+    database=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+
+
+def run_to_end(outcome: Any) -> Any:
+    """Run what an async method returned, in a loop of its own."""
+    return asyncio.run(outcome) if inspect.iscoroutine(outcome) else outcome
+
+
+def waits_long(name: str, value: object) -> bool:
+    """Tell whether a value would be taken, and would make the call wait."""
+    return name == "timeout" and (
+        value is None or (isinstance(value, (int, float)) and value > 0)
+    )
+
+
+class TestBadInput:
+    def test_every_parameter_of_every_method_is_tried(self) -> None:
+        left_out = {
+            "close", "enqueue_on", "path", "from_async", "to_async", "from_env",
+            "backup", "check", "cleanup", "stats", "list_queues", "list_workers",
+            "queue", "results", "events",
+        }  # fmt: skip
+        for kind, methods in FINE.items():
+            public = get_public(getattr(omniq_sqlite, "SQLite" + kind))
+            assert set(methods) == set(public) - left_out
+            for method, terms in methods.items():
+                parameters = inspect.signature(public[method]).parameters
+                assert list(terms) == [n for n in parameters if n != "self"], method
+
+    @pytest.mark.parametrize("form", ["AsyncSQLite", "SQLite"])
+    @pytest.mark.parametrize(
+        ("kind", "method"), [(kind, name) for kind in FINE for name in FINE[kind]]
+    )
+    def test_a_bad_value_is_refused_by_name_or_has_a_defined_result(
+        self, form: str, kind: str, method: str
+    ) -> None:
+        made = getattr(omniq_sqlite, form + kind)(":memory:")
+        terms = FINE[kind][method]
+
+        @settings(QUICK, max_examples=15 * len(terms))
+        @given(name=st.sampled_from(list(terms)), value=ODD)
+        def attack(name: str, value: Any) -> None:
+            if waits_long(name, value):
+                return
+            with contextlib.suppress(*REFUSALS):
+                run_to_end(getattr(made, method)(**{**terms, name: value}))
+
+        attack()
+        # It works as before: nothing is half done, open or locked.
+        if kind == "Queue":
+            assert run_to_end(made.count_tasks()) >= 0
+            task_id = run_to_end(made.enqueue(Task("f", queue="after")))
+            assert run_to_end(made.dequeue("after")).id == task_id
+        run_to_end(made.close())
+
+    @pytest.mark.parametrize("cls", [Task, TaskResult, TaskEvent])
+    def test_a_value_with_a_bad_field_is_refused_or_travels(self, cls: Any) -> None:
+        needed = {Task: "func", TaskResult: "task_id status", TaskEvent: "type"}[cls]
+        fine = dict.fromkeys(needed.split(), "success")
+        names = [field.name for field in dataclasses.fields(cls)]
+
+        @settings(QUICK, max_examples=300)
+        @given(name=st.sampled_from(names), value=ODD)
+        def attack(name: str, value: Any) -> None:
+            try:
+                made = cls(**{**fine, name: value})
+            except ValueError as error:
+                assert name in str(error)
+                return
+            assert isinstance(repr(made), str)
+            assert made._repr_html_().startswith("<table>")
+            with SQLiteBackend(":memory:", events=True) as backend:
+                assert backend.results is not None
+                assert backend.events is not None
+                with contextlib.suppress(SerializationError):
+                    if cls is Task:
+                        backend.enqueue(made)
+                        assert backend.queue.list_tasks()[0].id == made.id
+                    elif cls is TaskResult:
+                        backend.results.store(made)
+                        [found] = backend.results.list_results()
+                        assert (found.task_id, found.value) == (
+                            made.task_id,
+                            made.value,
+                        )
+                    else:
+                        backend.events.log(made)
+                        assert backend.events.count() == 1
+
+        attack()
+
+    @pytest.mark.parametrize("cls", ["SQLiteQueue", "AsyncSQLiteBackend"])
+    def test_a_bad_option_is_refused_before_anything_is_opened(
+        self, cls: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.chdir(tmp_path)
+        parameters = list(inspect.signature(getattr(omniq_sqlite, cls)).parameters)
+
+        @settings(QUICK, max_examples=200)
+        @given(name=st.sampled_from(parameters), value=ODD)
+        def attack(name: str, value: Any) -> None:
+            with contextlib.suppress(ValueError, TypeError):
+                getattr(omniq_sqlite, cls)(**{"path": "jobs.db", name: value})
+
+        attack()
+        assert list(tmp_path.iterdir()) == []
+
+    async def test_the_same_task_twice_in_one_call_adds_none(self, queue: Any) -> None:
+        task = Task("f")
+        with pytest.raises(DuplicateTaskError):
+            await call(queue.enqueue_many, [Task("g"), task, task])
+        assert await call(queue.count_tasks) == 0
+
+    async def test_the_same_key_twice_in_one_call_adds_one(self, queue: Any) -> None:
+        tasks = [Task("f", unique_key="k"), Task("f", unique_key="k")]
+        first, second = await call(queue.enqueue_many, tasks)
+        assert first == second == tasks[0].id
+        assert await call(queue.count_tasks) == 1
+
+    async def test_nothing_to_do_is_done_at_once(self, backend: Any) -> None:
+        assert await call(backend.queue.enqueue_many, []) == []
+        assert await call(backend.queue.complete_many, []) is None
+        assert await call(backend.results.store_many, []) is None
+        assert await call(backend.results.get_many, []) == {}
+        assert await call(backend.events.log_many, []) is None
+
+
+@dataclass
+class ModelTask:
+    """What the model knows of a task."""
+
+    id: str
+    queue: str
+    priority: int
+    max_attempts: int
+    unique_key: str | None
+    expires_at: float | None
+    run_at: float | None = None
+    status: str = "pending"
+    attempt: int = 0
+    lease_until: float = 0.0
+    lease_id: str | None = None
+    worker: str | None = None
+
+    @property
+    def is_live(self) -> bool:
+        return self.status in ("scheduled", "pending", "running")
+
+    def is_due(self, now: float) -> bool:
+        """Tell whether time has changed it."""
+        until = math.inf if self.expires_at is None else self.expires_at
+        due = {"pending": until, "running": self.lease_until}
+        if self.run_at is not None:
+            due["scheduled"] = min(self.run_at, until)
+        return due.get(self.status, math.inf) <= now
+
+    def settle(self, now: float) -> None:
+        if not self.is_due(now):
+            return
+        out_of_attempts = self.attempt >= self.max_attempts
+        if self.expires_at is not None and self.expires_at <= now:
+            self.status = "expired"
+        elif self.status == "running" and out_of_attempts:
+            self.status = "failed"
+        else:
+            self.status = "pending"
+        self.lease_id = None
+
+    def end(self, status: str) -> None:
+        self.status, self.lease_id = status, None
+
+
+SOME_QUEUES = st.sampled_from(["a", "a", "b"])
+SOME_SECONDS = st.sampled_from([0, 0, 5, 30])
+SOME_TASKS = st.lists(
+    st.fixed_dictionaries(
+        {
+            "queue": SOME_QUEUES,
+            "priority": st.integers(0, 2),
+            "max_attempts": st.integers(1, 3),
+            "unique_key": st.sampled_from([None, None, "k1", "k2"]),
+            "life": st.sampled_from([None, None, 5, 20]),
+            "delay": SOME_SECONDS,
+        }
+    ),
+    min_size=1,
+    max_size=4,
+)
+
+
+class QueueModel(RuleBasedStateMachine):
+    """Two queues on one file, an async one and a blocking one, beside a dictionary.
+
+    Each step is made by one of the two; then both must show what the model has.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.folder = tempfile.TemporaryDirectory()
+        self.clock = Clock()
+        self.loop = asyncio.new_event_loop()
+        path = self.folder.name + "/jobs.db"
+        options: Any = {"clock": self.clock, "synchronous": "OFF"}
+        self.queues: list[Any] = [
+            AsyncSQLiteQueue(path, **options),
+            SQLiteQueue(path, **options),
+        ]
+        self.tasks: dict[str, ModelTask] = {}  # in order of insertion
+        self.paused: set[str] = set()
+        self.claims: list[Task] = []
+
+    def teardown(self) -> None:
+        for queue in self.queues:
+            self.run(queue.close())
+        self.loop.close()
+        self.folder.cleanup()
+
+    def run(self, outcome: Any) -> Any:
+        if inspect.iscoroutine(outcome):
+            return self.loop.run_until_complete(outcome)
+        return outcome
+
+    def do(self, which: int, method: str, *args: Any, **terms: Any) -> Any:
+        return self.run(getattr(self.queues[which], method)(*args, **terms))
+
+    def holder(self, queue: str, key: str | None) -> ModelTask | None:
+        """Return who holds a key, as a settled file would have it."""
+        for task in self.tasks.values():
+            if key and task.is_live and (task.queue, task.unique_key) == (queue, key):
+                settled = dataclasses.replace(task)
+                settled.settle(self.clock.now)
+                if settled.is_live:
+                    return task
+        return None
+
+    def settle_holders(self, queue: str, key: str | None) -> None:
+        for task in self.tasks.values():
+            if key and (task.queue, task.unique_key) == (queue, key):
+                task.settle(self.clock.now)
+
+    @initialize(which=st.integers(0, 1), some=SOME_TASKS)
+    def begin(self, which: int, some: list[dict[str, Any]]) -> None:
+        self.enqueue(which, some)
+
+    @rule(which=st.integers(0, 1), some=SOME_TASKS)
+    def enqueue(self, which: int, some: list[dict[str, Any]]) -> None:
+        for terms in some:
+            self.enqueue_one(which, **terms)
+
+    def enqueue_one(
+        self, which: int, *, life: float | None, delay: float, **terms: Any
+    ) -> None:
+        now = self.clock.now
+        until = None if life is None else now + life
+        expires_at = None if until is None else datetime.fromtimestamp(until, UTC)
+        task = Task("f", expires_at=expires_at, **terms)
+        task_id = self.do(which, "enqueue", task, delay=delay)
+        self.settle_holders(task.queue, task.unique_key)
+        holder = self.holder(task.queue, task.unique_key)
+        assert task_id == (holder.id if holder else task.id)
+        if holder is None:
+            made = ModelTask(task.id, **terms, expires_at=until)
+            if delay:
+                made.status, made.run_at = "scheduled", now + delay
+            self.tasks[task.id] = made
+
+    @precondition(lambda self: self.tasks)
+    @rule(which=st.integers(0, 1), data=st.data())
+    def enqueue_an_id_again(self, which: int, data: st.DataObject) -> None:
+        old = self.tasks[data.draw(st.sampled_from(list(self.tasks)))]
+        with pytest.raises(DuplicateTaskError):
+            self.do(which, "enqueue_many", [Task("g"), Task("f", id=old.id)])
+
+    @rule(
+        which=st.integers(0, 1),
+        names=st.sampled_from([["a"], ["b"], ["a", "b"], ["b", "a"]]),
+        limit=st.integers(1, 3),
+        lease=st.sampled_from([5, 20]),
+        worker=st.sampled_from([None, "w1", "w2"]),
+    )
+    def dequeue_many(
+        self, which: int, names: list[str], limit: int, lease: float, worker: str | None
+    ) -> None:
+        terms = {"lease": lease, "worker": worker}
+        claimed = self.do(which, "dequeue_many", limit, names, **terms)
+        for task in claimed:
+            expected = self.expect_claim([n for n in names if n not in self.paused])
+            assert expected is not None
+            assert task.id == expected.id
+            expected.status = "running"
+            expected.attempt += 1
+            expected.lease_until = self.clock.now + lease
+            expected.lease_id, expected.worker = task.lease_id, worker
+            assert task.attempt == expected.attempt
+        self.claims += claimed
+        if len(claimed) < limit:
+            left = self.expect_claim([n for n in names if n not in self.paused])
+            assert left is None
+
+    def expect_claim(self, names: list[str]) -> ModelTask | None:
+        for name in names:
+            here = [task for task in self.tasks.values() if task.queue == name]
+            for task in here:
+                task.settle(self.clock.now)
+            ready = [task for task in here if task.status == "pending"]
+            if ready:
+                return max(ready, key=lambda task: task.priority)
+        return None
+
+    def end(self, data: st.DataObject) -> tuple[Task, ModelTask | None]:
+        """Draw a claim; return it, and its task if the claim still holds."""
+        claim = data.draw(st.sampled_from(self.claims))
+        task = self.tasks.get(claim.id)
+        held = task is not None and task.lease_id == claim.lease_id
+        return claim, task if held else None
+
+    def attempt(
+        self, which: int, held: object, method: str, *args: Any, **terms: Any
+    ) -> bool:
+        """Do what needs a claim; return whether it held."""
+        if held is None:
+            with pytest.raises(LeaseLostError):
+                self.do(which, method, *args, **terms)
+            return False
+        self.do(which, method, *args, **terms)
+        return True
+
+    @precondition(lambda self: self.claims)
+    @rule(which=st.integers(0, 1), data=st.data(), many=st.booleans())
+    def complete(self, which: int, data: st.DataObject, many: bool) -> None:
+        claim, held = self.end(data)
+        args = [[claim]] if many else [claim]
+        method = "complete_many" if many else "complete"
+        if self.attempt(which, held, method, *args):
+            del self.tasks[claim.id]
+
+    @precondition(lambda self: self.claims)
+    @rule(
+        which=st.integers(0, 1), data=st.data(), retry=st.booleans(), delay=SOME_SECONDS
+    )
+    def fail(self, which: int, data: st.DataObject, retry: bool, delay: float) -> None:
+        claim, held = self.end(data)
+        done = self.attempt(which, held, "fail", claim, "no", retry=retry, delay=delay)
+        if held and done:
+            again = retry and held.attempt < held.max_attempts
+            held.end("scheduled" if again else "failed")
+            held.run_at = self.clock.now + delay if again else held.run_at
+
+    @precondition(lambda self: self.claims)
+    @rule(which=st.integers(0, 1), data=st.data(), delay=SOME_SECONDS)
+    def release(self, which: int, data: st.DataObject, delay: float) -> None:
+        claim, held = self.end(data)
+        if self.attempt(which, held, "release", claim, delay=delay) and held:
+            held.end("scheduled" if delay else "pending")
+            held.attempt -= 1
+            held.run_at = self.clock.now + delay if delay else held.run_at
+
+    @precondition(lambda self: self.claims)
+    @rule(which=st.integers(0, 1), data=st.data(), lease=st.sampled_from([5, 20]))
+    def extend(self, which: int, data: st.DataObject, lease: float) -> None:
+        claim, held = self.end(data)
+        if self.attempt(which, held, "extend", claim, lease) and held:
+            held.lease_until = self.clock.now + lease
+
+    @precondition(lambda self: self.tasks)
+    @rule(which=st.integers(0, 1), data=st.data())
+    def cancel(self, which: int, data: st.DataObject) -> None:
+        task = self.tasks[data.draw(st.sampled_from(list(self.tasks)))]
+        assert self.do(which, "cancel", task.id) is task.is_live
+        if task.is_live:
+            task.end("cancelled")
+
+    @precondition(lambda self: self.tasks)
+    @rule(which=st.integers(0, 1), data=st.data())
+    def retry(self, which: int, data: st.DataObject) -> None:
+        task = self.tasks[data.draw(st.sampled_from(list(self.tasks)))]
+        ended = task.status in ("failed", "cancelled", "expired")
+        if ended and self.holder(task.queue, task.unique_key):
+            with pytest.raises(DuplicateTaskError):
+                self.do(which, "retry", task.id)
+            return
+        assert self.do(which, "retry", task.id) is ended
+        if ended:
+            self.settle_holders(task.queue, task.unique_key)
+            task.status, task.attempt, task.run_at = "pending", 0, None
+            if task.expires_at is not None and task.expires_at <= self.clock.now:
+                task.expires_at = None
+
+    @precondition(lambda self: self.claims)
+    @rule(which=st.integers(0, 1), worker=st.sampled_from(["w1", "w2"]))
+    def reclaim(self, which: int, worker: str) -> None:
+        gone = [
+            task
+            for task in self.tasks.values()
+            if task.status == "running" and task.worker == worker
+        ]
+        assert self.do(which, "reclaim", worker) == len(gone)
+        for task in gone:
+            task.lease_until = 0
+            task.settle(self.clock.now)
+
+    @rule(
+        which=st.integers(0, 1),
+        queue=SOME_QUEUES,
+        method=st.sampled_from(["pause", "resume", "resume", "purge", "cancel_all"]),
+    )
+    def change_a_queue(self, which: int, queue: str, method: str) -> None:
+        if method in ("pause", "resume"):
+            self.do(which, method, queue)
+            (self.paused.add if method == "pause" else self.paused.discard)(queue)
+            return
+        chosen = [
+            task
+            for task in self.tasks.values()
+            if task.queue == queue and task.is_live is (method == "cancel_all")
+        ]
+        assert self.do(which, method, queue=queue) == len(chosen)
+        for task in chosen:
+            if method == "purge":
+                del self.tasks[task.id]
+            else:
+                task.end("cancelled")
+
+    @rule(seconds=st.sampled_from([1, 5, 20]))
+    def time_passes(self, seconds: float) -> None:
+        self.clock.advance(seconds)
+
+    @invariant()
+    def both_show_what_the_model_has(self) -> None:
+        expected = [
+            (t.id, t.queue, t.status, t.attempt, t.lease_id)
+            for t in self.tasks.values()
+        ]
+        for which in (0, 1):
+            found = self.do(which, "list_tasks", limit=1_000)
+            shown = [(t.id, t.queue, t.status, t.attempt, t.lease_id) for t in found]
+            assert shown == expected
+
+
+TestQueueModel = QueueModel.TestCase
+TestQueueModel.settings = settings(
+    QUICK,
+    max_examples=60,
+    stateful_step_count=50,
+    phases=[Phase.generate],  # to shorten a failure takes minutes: add Phase.shrink
+)
+
+
 # =============================================================================
 # Results
 # =============================================================================
@@ -14802,6 +15361,12 @@ def run_section(
     )
     assert outcome.returncode == 0, outcome.stdout + outcome.stderr
     return outcome.stdout
+
+
+def test_the_program_in_the_docstring_runs() -> None:
+    found = doctest.testmod(omniq_sqlite)
+    assert found.attempted > 0
+    assert found.failed == 0
 
 
 class TestReadme:
