@@ -2865,6 +2865,65 @@ class TestGroupCommit:
         await shared.close()
         blocking.close()
 
+    def test_one_that_comes_while_the_object_is_closed_is_refused(
+        self, path: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        queue = SQLiteQueue(path)
+        queue.enqueue(Task("f"))
+        queue.close()
+        gateway: Any = queue._async._gateway
+        woken = omniq_sqlite._Latch()
+        request = omniq_sqlite._Request(omniq_sqlite._Operation(lambda _: None), woken)
+        monkeypatch.setattr(omniq_sqlite._Latch, "wait", None)  # nobody would wake it
+        with pytest.raises(StorageClosedError):
+            gateway._serve_until_done(request, woken)
+
+    def test_who_leaves_in_the_middle_is_neither_run_nor_the_leader(
+        self, path: str
+    ) -> None:
+        with SQLiteQueue(path) as queue:
+            gateway: Any = queue._async._gateway
+            database = database_of(queue)
+            latches = [omniq_sqlite._Latch() for _ in range(3)]
+            nothing_done = omniq_sqlite._Operation(lambda _: None)
+            first, second, third = (
+                omniq_sqlite._Request(nothing_done, latch) for latch in latches
+            )
+            assert database.enlist(first)
+            assert not database.enlist(second)
+            assert not database.enlist(third)
+            gateway._leave(second, latches[1])
+            assert list(database.pending) == [first, third]
+            gateway._leave(first, latches[0])
+            assert list(database.pending) == [third]
+            assert database.leader is third
+            assert latches[2].wait(0.0)
+            third.taken = True  # and what has come of it was lost
+            database.pending.clear()
+            gateway._leave(third, latches[2])
+            assert database.leader is None
+
+    def test_who_leaves_waits_for_the_transaction_that_has_it(self, path: str) -> None:
+        with SQLiteQueue(path) as queue:
+            gateway: Any = queue._async._gateway
+            database, woken = database_of(queue), omniq_sqlite._Latch()
+            request = omniq_sqlite._Request(
+                omniq_sqlite._Operation(lambda _: None), woken
+            )
+            request.taken = True  # by another thread, which puts it back
+
+            def put_back() -> None:
+                database._put_back([request])
+                woken()
+                woken()  # twice, as by a leader and a close
+
+            later = threading.Timer(0.05, put_back)
+            later.start()
+            gateway._leave(request, woken)
+            assert request.done
+            assert not database.pending
+            later.join()
+
     def test_an_error_keeps_what_caused_it(self, path: str) -> None:
         with SQLiteQueue(path) as queue:
             queue.enqueue(Task("f", id="t"))
@@ -3064,6 +3123,10 @@ class TestWaking:
         assert wal.asked[7:] == [0.05, 0.05]
         bell.pause(lambda _: None, 0.01)  # whoever has to leave earlier does
         assert wal.asked[-1] == 0.01
+        wal.written = True
+        bell.pause(lambda _: None, 1.0)
+        bell.pause(lambda _: None, 1.0)
+        assert wal.asked[-1] == 0.0005
 
     def test_a_change_that_nothing_told_of_makes_them_frequent_again(
         self, path: str
@@ -3096,6 +3159,7 @@ class TestWaking:
         assert patience(5.0, None) == 5.0
         assert patience(None, 103.0) == 3.0
         assert patience(1.0, 103.0) == 1.0
+        assert patience(5.0, 103.0) == 3.0
         assert patience(None, 99.0) == 0.0005
 
     @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells")
@@ -3110,7 +3174,10 @@ class TestWaking:
             wal.write(b"y")
             assert watch.wait(DEADLINE) is True
             assert watch.wait(0.0) is False
+        number = watch._fd
         watch.close()
+        with pytest.raises(OSError, match="descriptor"):
+            os.fstat(number)
         watch.close()
 
     @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells")
@@ -4330,6 +4397,31 @@ class TestThrownExceptions:
             assert not omniq_sqlite._operating
             assert queue.count_tasks() == 0
             """)
+
+    def test_a_function_ends_and_is_interrupted_under_the_lock(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        noted: list[int | None] = []
+        anything: Any = None
+        threads = omniq_sqlite._Threads("w", anything, anything)
+        run = omniq_sqlite._Run(Task("f"), anything, 0.0)
+
+        class Lock:
+            """Given to a function that ends just then."""
+
+            def __enter__(self) -> None:
+                noted.append(run.thread)
+
+            def __exit__(self, *_: object) -> None:
+                noted.append(run.thread)
+                run.thread = None
+
+        monkeypatch.setattr(omniq_sqlite, "_operating_lock", Lock())
+        threads._perform(run)
+        assert noted == [threading.get_ident(), None]
+        monkeypatch.setattr(Lock, "__enter__", Lock.__exit__)
+        run.thread = threading.get_ident()
+        assert threads.interrupt(run) is False
 
     def test_whoever_throws_looks_and_throws_under_the_lock(
         self, monkeypatch: pytest.MonkeyPatch
