@@ -41,6 +41,7 @@ import tempfile
 import threading
 import time
 import traceback
+import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Coroutine, Iterator
 from dataclasses import replace
@@ -892,6 +893,50 @@ def replace_connections(cls: type[sqlite3.Connection]) -> None:
     omniq_sqlite._connection_factory = connect
 
 
+@attack(seconds=20)
+def tear(ring: Ring) -> None:
+    """End the process in the middle of a commit, at each of its writes to the WAL.
+
+    A limit on the size of files lets a write stop short, and the next one kill.
+    """
+    ring.play(stage)
+    for name in CALLS:
+        before = contents(set_stage(ring))
+        outcomes = []
+        for frame, part in itertools.product(range(100), (1, 24, 2_000)):
+            path = set_stage(ring)
+            pid = ring.start(write_short, name, frame * WAL_FRAME + part)
+            survived = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+            del ring.running[pid]
+            told = f"{name}, torn {part} bytes into frame {frame}"
+            ring.check(is_whole(path), "corrupt", told)
+            outcomes.append((told, contents(path)))
+            if survived:
+                break
+            ring.count("kills")
+        after = outcomes[-1][1]
+        for told, outcome in outcomes:
+            whole = name in IN_STEPS or outcome in (before, after)
+            ring.check(whole, "lost", f"{told}: half done")
+
+
+WAL_FRAME = 24 + 4096
+"""Bytes that a page takes in the WAL: a header and its content."""
+
+
+def write_short(ring: Ring, name: str, room: int) -> None:
+    import resource
+
+    backend = open_stage(str(ring.folder / "stage.db"), Form("blocking"))
+    while wal_size(backend.path) * 2**20 < 40_000:  # more than the `-shm` file has
+        backend.queue.pause("again")
+        backend.queue.resume("again")
+    limit = int(wal_size(backend.path) * 2**20) + room
+    signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, -1))
+    CALLS[name](backend, claimed(ring))
+
+
 # =============================================================================
 # Attack 2: SIGSTOP
 # =============================================================================
@@ -1590,7 +1635,7 @@ async def compete(book: Journal, backend: Any, end: float) -> None:
         await call(backend.enqueue, new("f"))
         longest = max(longest, time.monotonic() - began)
         count += 1
-    book.note("ran", count, longest)
+    book.note("ran", count, longest, type(backend).__name__)
 
 
 def race_beside_bulk(ring: Ring) -> None:
@@ -2195,6 +2240,8 @@ def main() -> int:
     parser.add_argument("--only", choices=ATTACKS, metavar="ATTACK", help=names)
     parser.add_argument("--round", type=float, metavar="SECONDS", help="of each round")
     terms = parser.parse_args()
+    # Forks beside threads are what is tested.
+    warnings.filterwarnings("ignore", "This process", DeprecationWarning)
     print(f"seed {terms.seed}, SQLite {sqlite3.sqlite_version}", flush=True)
     totals: Counter[str] = Counter()
     for name, number in plan(terms.only, terms.minutes):
