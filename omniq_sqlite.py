@@ -9583,9 +9583,9 @@ def _show_frame(backend: SQLiteBackend, options: argparse.Namespace) -> None:
 
 
 def _lines_of_frame(seen: _Overview, minute: dict[str, int]) -> Iterator[str]:
-    done = ", ".join(f"{count:,} {kind}" for kind, count in minute.items())
-    text = f"{seen.at.astimezone():%H:%M:%S}  last minute: {done}"
-    text += f"  (by {seen.history.source})"
+    text = f"{seen.at.astimezone():%H:%M:%S}  last minute: "
+    text += "{completed:,} completed, {retry:,} retried, {failed:,} failed"
+    text = text.format_map(minute) + f"  (by {seen.history.source})"
     yield _shorten(text, _terminal_size()[0])
     yield ""
     yield from _lines_of_stats(seen.queues, seen.workers)

@@ -13435,7 +13435,7 @@ class TestWatch:
         self, busy: Path
     ) -> None:
         text = "".join(self.frames(busy, 2))
-        assert "1 completed, 0 retry, 1 failed  (by events)" in text
+        assert "1 completed, 0 retried, 1 failed  (by events)" in text
         assert re.search(
             r"^t2 +f2 +\d:00:\d\d +over 0:00:\d\d +w1$", text, re.MULTILINE
         )
@@ -13451,7 +13451,7 @@ class TestWatch:
             backend.complete(done)
             backend.fail(failed, ValueError("no luck"))
         text = "".join(self.frames(db, 1))
-        assert "1 completed, 0 retry, 1 failed  (by tables)" in text
+        assert "1 completed, 0 retried, 1 failed  (by tables)" in text
 
     def test_json_is_an_object_a_line(self, busy: Path) -> None:
         records = lines_of("".join(self.frames(busy, 2, "--json")))
