@@ -14623,14 +14623,15 @@ class TestPagesInABrowser:
         process = command_start("serve", db, "--port", "0", cwd=db.parent)
         assert process.stdout is not None
         browser.open(process.stdout.readline().strip())
-        browser.run("document.getElementById('pause').click()")
-        os.killpg(process.pid, signal.SIGINT)
-        finish(process)
+        fails = "window.fetch = () => { throw Error('no way') }"
+        browser.run(f"document.getElementById('pause').click(); {fails}")
         state = "document.getElementById('state').textContent"
         time.sleep(2.5)
         assert browser.run(state) == ""
         browser.run("document.getElementById('pause').click()")
-        until(lambda: browser.run(state).startswith("No answer: "))
+        until(lambda: browser.run(state) == "No answer: no way")
+        os.killpg(process.pid, signal.SIGINT)
+        finish(process)
 
 
 # -- main --
