@@ -4588,6 +4588,8 @@ def _insert(change: _Change, row: dict[str, Any]) -> str:
 
 def _insert_many(change: _Change, rows: Sequence[dict[str, Any]]) -> list[str]:
     """Add tasks in one statement, or one by one where a key or an id is taken."""
+    if len(rows) < 2:
+        return [_insert(change, row) for row in rows]
     try:
         with change.all_or_nothing():
             change.cursor.executemany(INSERT_TASK, rows)
@@ -6676,17 +6678,23 @@ class AsyncSQLiteBackend(_AsyncStorage):
     async def _look(self, task_id: str) -> TaskResult | None:
         """Return the result of a task, unless it lives."""
         task = await self._queue.get_task(task_id)
+        if await self._settle(task):
+            task = await self._queue.get_task(task_id)
         if task and task.status in LIVE_STATUSES:
-            ours = self._queue if isinstance(self._queue, AsyncSQLiteQueue) else None
-            if ours is None or _due_at(task) > ours._clock():
-                return None
-            # Time has ended it; nobody else may be there to settle it.
-            await ours._settle_queue(task.queue)
-            return await self._look(task_id)
+            return None
         stored = await self._results.get(task_id) if self._results else None
         if task is None and stored is None:
             raise TaskNotFoundError(task_id)
         return _result_of_row(task, stored) if task else stored
+
+    async def _settle(self, task: Task | None) -> bool:
+        """Settle a task that time has ended; nobody else may be there to do it."""
+        ours = self._queue if isinstance(self._queue, AsyncSQLiteQueue) else None
+        if ours is None or task is None or task.status not in LIVE_STATUSES:
+            return False
+        if _due_at(task) > ours._clock():
+            return False
+        return await ours._settle_queue(task.queue) > 0
 
     def _main_gateway(self) -> _Gateway:
         ours = isinstance(self._queue, AsyncSQLiteQueue)

@@ -1448,6 +1448,22 @@ class TestCosts:
             await queue.enqueue(Task("f"))
             assert spied == ["BEGIN IMMEDIATE", "enqueue", "COMMIT"]
 
+    def test_ending_a_task_with_its_result_is_two_statements(
+        self, path: str, spied: list[str]
+    ) -> None:
+        with SQLiteBackend(path) as backend:
+            backend.enqueue(Task("f"))
+            task = backend.queue.dequeue()
+            assert task is not None
+            spied.clear()
+            backend.complete(task, 42)
+            assert [word for word in spied if not word.startswith("PRAGMA")] == [
+                "BEGIN IMMEDIATE",
+                "complete",
+                "store",
+                "COMMIT",
+            ]
+
     def test_ending_a_task_with_its_result_is_one_commit(
         self, path: str, spied: list[str]
     ) -> None:
