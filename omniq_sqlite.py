@@ -2931,7 +2931,7 @@ class _Database:
                 return attempt()
             except OmniQError:
                 raise
-            except (sqlite3.Error, OSError) as error:
+            except (sqlite3.Error, OSError, UnicodeDecodeError) as error:
                 waited = time.monotonic() - since
                 if not _is_busy(error) or waited >= limit:
                     raise self.translate(error, waited) from error
@@ -3062,6 +3062,8 @@ class _Database:
             return ReadOnlyDatabaseError(self.path)
         if isinstance(error, OSError):
             return DatabaseAccessError(self.path, error.strerror or str(error))
+        if isinstance(error, UnicodeDecodeError):  # SQLite's message had damaged names
+            return CorruptDatabaseError(self.path, str(error))
         if not isinstance(error, sqlite3.Error):
             return error
         if _is_busy(error):

@@ -5081,6 +5081,20 @@ class TestFiles:
         assert caught.value.path == path
         assert Path(path).read_bytes() == content
 
+    async def test_damage_that_sqlite_cannot_tell_in_utf_8(self, path: str) -> None:
+        """Python fails to decode such a message, with an error of its own."""
+        with SQLiteQueue(path) as queue:
+            queue.enqueue(Task("f"))
+        whole = Path(path).read_bytes()
+        damaged = whole.replace(b"CREATE INDEX omniq", b"CREATE IND\x9aX omniq")
+        assert damaged != whole
+        Path(path).write_bytes(damaged)
+        for attempt in (SQLiteQueue(path).count_tasks, SQLiteQueue(path).dequeue):
+            with pytest.raises(CorruptDatabaseError):
+                attempt()
+        with pytest.raises(CorruptDatabaseError):
+            await AsyncSQLiteQueue(path).enqueue(Task("f"))
+
     def test_a_truncated_file(self, path: str) -> None:
         with SQLiteQueue(path) as queue:
             queue.enqueue_many([Task("f", ("x" * 1000,)) for _ in range(50)])
