@@ -6309,7 +6309,6 @@ _VACUUM_PAGES = 500  # free pages that one cleanup gives back
 _LARGE_WAL = 64 * 2**20  # bytes from which `check()` warns
 _WORKER_STALE_AFTER = 60.0  # seconds without a sign of life
 
-
 _RESULT_OF_STATUS = {
     TaskStatus.COMPLETED: (ResultStatus.SUCCESS, None, None),
     TaskStatus.FAILED: (ResultStatus.ERROR, "TaskFailed", None),
@@ -6478,12 +6477,11 @@ class AsyncSQLiteBackend(_AsyncStorage):
 
     def _shares_file(self) -> bool:
         """Tell whether queue and results are committed together."""
-        databases = [
-            part._gateway.database
-            for part in (self._queue, self._results)
-            if isinstance(part, (AsyncSQLiteQueue, AsyncSQLiteResultStorage))
-        ]
-        return len(databases) == 2 and databases[0] is databases[1]
+        return (
+            isinstance(self._queue, AsyncSQLiteQueue)
+            and isinstance(self._results, AsyncSQLiteResultStorage)
+            and self._queue._gateway.database is self._results._gateway.database
+        )
 
     def _now(self) -> datetime:
         return cast(datetime, _from_unix(self._clock()))
@@ -6568,22 +6566,24 @@ class AsyncSQLiteBackend(_AsyncStorage):
         """
         _check_lease(task)
         followers = [_check_task(follower, "enqueue") for follower in enqueue]
+        queue = self._queue
+        ours = queue if isinstance(queue, AsyncSQLiteQueue) else None
+        # What cannot be serialized is found before anything is stored.
+        rows = [ours._row_of(follower) for follower in followers] if ours else []
         success = _result_of_run(task, ResultStatus.SUCCESS, self._now(), value=value)
         store = await self._prepare_to_store(task, success)
-        queue = self._queue
-        if not isinstance(queue, AsyncSQLiteQueue):
+        if ours is None:
             await queue.complete(task)
             if followers:
                 await queue.enqueue_many(followers)
             return
-        rows = [queue._row_of(follower) for follower in followers]
 
         def run(change: _Change) -> None:
-            queue._complete(change, task)
+            ours._complete(change, task)
             store(change)
             _insert_many(change, rows)
 
-        await queue._write(run, savepoint=bool(rows))
+        await ours._write(run, savepoint=bool(rows))
 
     async def _prepare_to_store(
         self, task: Task, result: TaskResult

@@ -9387,6 +9387,16 @@ def split(request: pytest.FixtureRequest, api: Api) -> Any:
 
 
 class TestBackendComplete:
+    async def test_a_follower_that_cannot_be_serialized_leaves_no_result(
+        self, split: Any
+    ) -> None:
+        await call(split.enqueue, Task("f"))
+        task = await claim(split.queue)
+        with pytest.raises(SerializationError):
+            await call(split.complete, task, 1, enqueue=[Task("g", (object(),))])
+        assert await call(split.results.get, task.id) is None
+        assert await get_status(split.queue, task.id) == "running"
+
     async def test_the_result_tells_everything(self, split: Any, clock: Clock) -> None:
         task_id = await call(split.enqueue, Task("f", metadata={"who": "me"}))
         clock.advance(1)
