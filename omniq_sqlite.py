@@ -10096,7 +10096,7 @@ pause.onclick = () => {
     const began = performance.now();
     try { await refresh(); state.textContent = ''; }
     catch (error) { state.textContent = 'No answer: ' + error.message; }
-    rest = Math.max(2000, 10 * (performance.now() - began));
+    rest = Math.max(2000, 3 * (performance.now() - began));
   }
 })();
 """
@@ -10323,6 +10323,9 @@ def _chart_depth(seen: _Overview, spans: _Spans) -> _Html:
     return _chart("Depth over time", note, series, columns[::-1], spans.ticks())
 
 
+_THROUGHPUT = "Throughput and failures"
+
+
 def _chart_throughput(seen: _Overview, spans: _Spans) -> _Html:
     columns = [
         (spans.label(i), [change[kind] * 60 / spans.width for kind in _OUTCOMES])
@@ -10332,7 +10335,7 @@ def _chart_throughput(seen: _Overview, spans: _Spans) -> _Html:
     counts = zip(seen.history.outcomes().values(), series, strict=True)
     note = "; ".join(f"{count:,} {name}" for count, (name, _) in counts)
     note = f"Attempts that ended, for each minute. In all: {note}."
-    return _chart("Throughput and failures", note, series, columns, spans.ticks())
+    return _chart(_THROUGHPUT, note, series, columns, spans.ticks())
 
 
 _EDGES = [0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30]
@@ -10386,6 +10389,16 @@ def _render_now(seen: _Overview) -> _Html:
         number = _element("dd", value, class_="bad" if bad else "good")
         tiles.append(_element("div", _element("dt", name), number))
     return _section("now", "Now", _element("dl", *tiles))
+
+
+def _render_charts(seen: _Overview, spans: _Spans) -> Iterator[_Html]:
+    history = seen.history
+    yield _section("depth", "Depth over time", _chart_depth(seen, spans))
+    yield _section("throughput", _THROUGHPUT, _chart_throughput(seen, spans))
+    waits = _chart_times("Wait times", history.waits)
+    yield _section("waits", "Time from enqueue to first start", waits, wide=False)
+    runs = _chart_times("Run times", [seconds for _, _, seconds in history.runs])
+    yield _section("runs", "Run time of attempts", runs, wide=False)
 
 
 def _render_queues(seen: _Overview) -> _Html:
@@ -10529,37 +10542,37 @@ def _render_page(
     begun = since.timestamp() if since else 0.0
     seen = _look(backend, begun, begun, _PAST_LIMIT)
     spans = _Spans(*_period(seen, since))
-    charts = [
-        _section("depth", "Depth over time", _chart_depth(seen, spans)),
-        _section(
-            "throughput", "Throughput and failures", _chart_throughput(seen, spans)
-        ),
-        _section(
-            "waits",
-            "Time from enqueue to first start",
-            _chart_times("Wait times", seen.history.waits),
-            wide=False,
-        ),
-        _section(
-            "runs",
-            "Run time of attempts",
-            _chart_times("Run times", [s for _, _, s in seen.history.runs]),
-            wide=False,
-        ),
+    sections = [
+        _render_now(seen),
+        *_render_charts(seen, spans),
+        _render_failures(seen, backend),
+        _render_functions(seen),
+        _render_running(seen),
+        _render_queues(seen),
+        _render_workers(seen),
+        _render_health(backend, findings),
     ]
-    tables = [render(seen) for render in (_render_functions, _render_running)]
-    tables += [render(seen) for render in (_render_queues, _render_workers)]
-    failures = _render_failures(seen, backend)
-    health = _render_health(backend, findings)
     script = _element("script", _Html(_SCRIPT)) if navigation else _Html("")
     page = string.Template(_PAGE).substitute(
         title=_escape(os.path.basename(backend.path)),
         header=_join([_render_header(seen, backend, spans), navigation or ""]),
-        main=_join([_render_now(seen), *charts, failures, *tables, health]),
+        main=_join(sections),
         script=script,
         script_hash=_hash_of_script() if navigation else "'none'",
     )
     return page.encode("utf-8", "backslashreplace")
+
+
+def _render_navigation(since: str) -> _Html:
+    """Return what the live page has to be steered by, and a place for trouble."""
+    parts = []
+    for age, text in _RANGES.items():
+        here = {"aria-current": "page"} if age == since else {}
+        parts.append(_element("a", text, href=f"?since={age}", **here))
+    pressed = {"type": "button", "aria-pressed": "false"}
+    parts.append(_element("button", "Pause", id="pause", **pressed))
+    parts.append(_element("span", id="state", role="alert", class_="bad"))
+    return _element("nav", *parts, aria_label="Time shown")
 
 
 def _period(seen: _Overview, since: datetime | None) -> tuple[float, float]:
@@ -10656,20 +10669,7 @@ class _LivePage:
             self._findings = backend.check()
             took = time.monotonic() - began
             self._check_at = began + max(60.0, 100 * took)  # it reads the whole file
-        links = [
-            _element(
-                "a",
-                text,
-                href=f"?since={age}",
-                **({"aria-current": "page"} if age == since else {}),
-            )
-            for age, text in _RANGES.items()
-        ]
-        button = _element(
-            "button", "Pause", id="pause", type="button", aria_pressed="false"
-        )
-        state = _element("span", id="state", role="alert", class_="bad")
-        navigation = _element("nav", *links, button, state, aria_label="Time shown")
+        navigation = _render_navigation(since)
         return _render_page(backend, self._findings, _parse_instant(since), navigation)
 
     def close(self) -> None:
@@ -10758,9 +10758,11 @@ def _make_handler(host: str, page: _LivePage) -> Any:
 
         def show(self, since: str) -> None:
             try:
-                self.answer(200, page.render(since), "text/html")
+                body = page.render(since)
             except Exception as error:  # noqa: BLE001 -- a file may hold anything
                 self.answer(503, _printable(str(error)).encode(errors="replace"))
+            else:
+                self.answer(200, body, "text/html")
 
         def answer(self, status: int, body: bytes, kind: str = "text/plain") -> None:
             self.send_response(status)

@@ -14639,6 +14639,8 @@ class TestPagesInABrowser:
         self, browser: Browser, served: str, db: Path
     ) -> None:
         browser.open(f"{served}?since=24h", width=360)
+        pause = "document.getElementById('pause').click()"
+        browser.run(pause)
         browser.run("document.querySelector('#failures details').open = true")
         browser.run("document.querySelector('#failures summary').focus()")
         browser.run("document.querySelector('#queues .scroll').scrollLeft = 40")
@@ -14646,6 +14648,7 @@ class TestPagesInABrowser:
         browser.run("window.kept = 'this very page'")
         with SQLiteQueue(db) as queue:
             queue.enqueue(Task("f", queue="fresh"))
+        browser.run(pause)
         shown = "document.querySelector('#queues').textContent.includes('fresh')"
         until(lambda: browser.run(shown))
         assert browser.run("window.kept") == "this very page"
