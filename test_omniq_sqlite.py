@@ -127,6 +127,12 @@ from omniq_sqlite import (
 
 pytestmark = pytest.mark.anyio
 
+# The same examples in each run: what fails, fails for everybody. To look for more:
+# `HYPOTHESIS_PROFILE=random` and a larger `max_examples`.
+settings.register_profile("random", deadline=None, database=None)
+settings.register_profile("same", settings.get_profile("random"), derandomize=True)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))
+
 MODULE = Path(omniq_sqlite.__file__)
 
 DEADLINE = 30.0
@@ -1638,8 +1644,6 @@ class TestValuesThatTravel:
     @given(value=VALUES)
     @settings(
         max_examples=60,
-        deadline=None,
-        database=None,
         suppress_health_check=[
             HealthCheck.function_scoped_fixture,
             HealthCheck.too_slow,
@@ -7826,8 +7830,6 @@ REFUSALS = (OmniQError, ValueError, TypeError, TimeoutError)
 
 QUICK = settings(
     max_examples=25,
-    deadline=None,
-    database=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 
