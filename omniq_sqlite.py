@@ -8242,7 +8242,7 @@ class _Child:
     """One worker process, and the pipe through which it is told to stop.
 
     The process also stops when the pipe breaks, because this one has ended. It
-    answers the pipe once, when its worker is ready.
+    says when its worker is ready, and answers to whatever else it is told.
     """
 
     def __init__(
@@ -8254,6 +8254,7 @@ class _Child:
         self.name = name
         self.started_at = time.monotonic()
         self.status = 0
+        self.ready = False
         self.ended: asyncio.Future[None] = _running_loop().create_future()
         self._pipe, far_end = spawn.Pipe()
         self._process = spawn.Process(
@@ -8271,15 +8272,18 @@ class _Child:
         self.status = self._process.exitcode
         _call_soon(self.ended.get_loop(), _set_result, self.ended, None)
 
-    def was_ready(self) -> bool:
-        try:
-            return self._pipe.poll() and bool(self._pipe.recv())
-        except (EOFError, OSError):
-            return False
-
-    def stop(self) -> None:
+    def tell(self, word: str) -> None:
         with contextlib.suppress(OSError):
-            self._pipe.send("stop")
+            self._pipe.send(word)
+
+    def has_answered(self) -> bool:
+        """Return whether it said anything since this was last asked."""
+        answered = False
+        with contextlib.suppress(EOFError, OSError):
+            while self._pipe.poll():
+                self._pipe.recv()
+                self.ready = answered = True
+        return answered
 
     def kill(self) -> None:
         self._process.kill()
@@ -8330,9 +8334,10 @@ def _serve_as_child(
 
 
 def _obey(worker: AsyncWorker, pipe: Connection) -> None:
-    """Stop the worker at a word from the parent, or at the parent's end."""
+    """Answer the parent until it says to stop, or has ended; then stop."""
     with contextlib.suppress(EOFError, OSError):
-        pipe.recv()
+        while pipe.recv() != "stop":
+            pipe.send("alive")
     worker.stop()
     time.sleep(worker.grace + 2 * _LAST_WRITES)
     os._exit(1)
@@ -8385,7 +8390,7 @@ class _Crew:
             self._stopped.set()
             self._loop.call_later(self._worker.grace + 2 * _LAST_WRITES, self.kill)
         for child in self._children:
-            child.stop()
+            child.tell("stop")
 
     async def _keep(self, place: int) -> None:
         """Keep one place filled, with a new name for each child in it."""
@@ -8397,7 +8402,7 @@ class _Crew:
             name = self._worker.name + suffix
             child = _Child(self._worker._copy(name), name, self._terms)
             self._children.add(child)
-            await child.ended
+            await self._watch(child)
             await self._bury(child)
             if self._terms.until_empty and child.status == 0:
                 return
@@ -8408,10 +8413,28 @@ class _Crew:
                 async with asyncio.timeout(pause):
                     await self._stopped.wait()
 
+    async def _watch(self, child: _Child) -> None:
+        """Await a child's end, and end one that gives no answer for a whole lease.
+
+        It is stopped, or a function in C holds the interpreter's lock for good; so
+        nothing extends its leases either. A child that does not answer yet because
+        this process itself was stopped has the time of three more looks.
+        """
+        silent, pause = 0, self._worker.lease / 3
+        while not (await asyncio.wait({child.ended}, timeout=pause))[0]:
+            silent = 0 if child.has_answered() or not child.ready else silent + 1
+            if silent == 4:
+                text = "worker process %s gives no sign of life and is killed"
+                _log(logging.ERROR, child.name, text, child.name)
+                child.kill()
+            if child.ready:
+                child.tell("answer")
+
     async def _bury(self, child: _Child) -> None:
         """Free the tasks of a child that has ended; without waiting for leases."""
         self._children.discard(child)
-        self._proven = self._proven or child.was_ready()
+        child.has_answered()
+        self._proven = self._proven or child.ready
         child.close()
         await self._reclaim(child.name)
         if self._stopped.is_set() or child.status == 0:

@@ -12560,6 +12560,33 @@ class TestAttacks:
         assert program.end() == 0
 
     @POSIX
+    @pytest.mark.parametrize("how", ["hold the lock", "stop"])
+    def test_a_child_without_a_sign_of_life_is_replaced(
+        self, start: Callable[..., Program], how: str
+    ) -> None:
+        source = crew_program(f"""
+            logging.basicConfig(level=logging.ERROR, stream=sys.stdout)
+            task_id = backend.enqueue(stall.task({how!r}))
+            worker = Worker(backend, tasks, name="crew", lease=1.0, grace=0.5)
+            print(worker.run(until_empty=True, processes=2))
+            print(backend.queue.get_task(task_id).status)
+            """)
+        stall = """
+            import re
+
+            @tasks.register(max_attempts=1)
+            def stall(how):
+                if how == "stop":
+                    os.kill(os.getpid(), signal.SIGSTOP)
+                re.match("(a+)+$", "a" * 60 + "b")  # without end, in C
+
+            def run("""
+        program = start(source.replace("def run(", textwrap.dedent(stall), 1))
+        assert "no sign of life" in program.line()
+        program.expect("0", "failed")
+        assert program.end() == 0
+
+    @POSIX
     def test_a_worker_stopped_beyond_its_lease_changes_nothing_afterwards(
         self, start: Callable[..., Program], tmp_path: Path
     ) -> None:
