@@ -2639,7 +2639,8 @@ class _Pool:
         try:
             with database.gate:
                 while len(self.used) >= self.size or (
-                    database.resting and not database.is_used_by(ident)
+                    database.resting
+                    and not any(ident in p.used for p in database.pools)
                 ):
                     database.gate.wait()
                 if database.ended:
@@ -3402,10 +3403,6 @@ class _Database:
 
     # -- Rest, fork and close --
 
-    def is_used_by(self, ident: int) -> bool:
-        """Tell whether a thread uses a connection."""
-        return any(ident in pool.used for pool in self.pools)
-
     def rest(self) -> None:
         """Close all connections, with the gate held, once none is in use.
 
@@ -4033,20 +4030,10 @@ class _AsyncGateway:
         if database.memory:
             return database.read(function)
         database.check_open()
-        loop = _running_loop()
-        future: asyncio.Future[T] = loop.create_future()
-
-        def run() -> None:
-            try:
-                result = database.read(function)
-            except BaseException as error:  # noqa: BLE001 (delivered)
-                _call_soon(loop, _set_exception, future, error)
-            else:
-                _call_soon(loop, _set_result, future, result)
-
         with database.gate:  # a fork in between would end the thread
-            self._reader().submit(run)
-        return await future
+            call = partial(database.read, function)
+            answer = _answer(_running_loop(), self._reader(), call)
+        return await answer
 
     def _reader(self) -> _ConnectionThread:
         """Return the reader with the least to do; start one if all are busy."""
@@ -4122,16 +4109,10 @@ class _AsyncGateway:
         if not database.threads:
             database.shut(timeout)
             return
-        loop = _running_loop()
-        future: asyncio.Future[None] = loop.create_future()
-
-        def shut() -> None:
-            database.shut(timeout)
-            _call_soon(loop, _set_result, future, None)
-
         with database.gate:
-            self._running(None).submit(shut)
-        await future
+            call = partial(database.shut, timeout)
+            closed = _answer(_running_loop(), self._running(None), call)
+        await closed
 
 
 _Gateway = _DirectGateway | _AsyncGateway
@@ -4149,6 +4130,24 @@ def _running_loop() -> asyncio.AbstractEventLoop:
             "the Async classes need a running asyncio event loop, because aiosqlite"
             " does; under trio or without a loop use the blocking twin (in a thread)"
         ) from None
+
+
+def _answer(
+    loop: asyncio.AbstractEventLoop, thread: _ConnectionThread, call: Callable[[], T]
+) -> asyncio.Future[T]:
+    """Make a call on a thread; return what brings its outcome to a loop."""
+    future: asyncio.Future[T] = loop.create_future()
+
+    def run() -> None:
+        try:
+            result = call()
+        except BaseException as error:  # noqa: BLE001 (delivered)
+            _call_soon(loop, _set_exception, future, error)
+        else:
+            _call_soon(loop, _set_result, future, result)
+
+    thread.submit(run)
+    return future
 
 
 def _call_soon(loop: asyncio.AbstractEventLoop, *call: Any) -> bool:

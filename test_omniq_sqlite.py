@@ -2923,6 +2923,43 @@ class TestGroupCommit:
             gateway._leave(third, latches[2])
             assert database.leader is None
 
+    def test_an_exception_right_after_the_commit_undoes_nothing(
+        self, path: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """As of a signal handler; the others of the group are not run again."""
+
+        class Raised(BaseException):
+            pass
+
+        with SQLiteQueue(path) as queue:
+            queue.enqueue(Task("f"))
+            database, real = database_of(queue), database_of(queue)._finish
+            ran: list[str] = []
+
+            def note(name: str, _: object) -> None:
+                ran.append(name)
+
+            requests = [
+                omniq_sqlite._Request(
+                    omniq_sqlite._Operation(partial(note, name)), nothing
+                )
+                for name in "ab"
+            ]
+            for request in requests:
+                database.enlist(request)
+
+            def raise_once(_: object) -> None:
+                monkeypatch.setattr(database, "_finish", real)
+                raise Raised
+
+            monkeypatch.setattr(database, "_finish", raise_once)
+            with pytest.raises(Raised):
+                database.serve()
+            assert ran == ["a", "b"]
+            assert all(request.succeeded for request in requests)
+            assert not database.pending
+            database.hand_over()
+
     def test_who_leaves_waits_for_the_transaction_that_has_it(self, path: str) -> None:
         with SQLiteQueue(path) as queue:
             gateway: Any = queue._async._gateway
@@ -3314,6 +3351,15 @@ class TestWaking:
             queue.enqueue(Task("f"))
             waiter = omniq_sqlite._Waiter(None, nothing)
             assert not watch.register(waiter, seen)
+
+    async def test_a_clock_that_moves_is_seen_in_memory_too(self) -> None:
+        now = [1e9]
+        async with AsyncSQLiteQueue(":memory:", clock=lambda: now[0]) as queue:
+            await queue.enqueue(Task("f"), delay=3600)
+            waiting = asyncio.ensure_future(queue.dequeue(timeout=DEADLINE))
+            await soon(lambda: database_of(queue).watch.waiters)
+            now[0] += 3601
+            assert await asyncio.wait_for(waiting, DEADLINE / 2) is not None
 
     def test_a_paused_queue_does_not_spin(self, path: str, spied: list[str]) -> None:
         with SQLiteQueue(path) as queue:
@@ -5051,6 +5097,16 @@ class TestFiles:
             os.rename(path + ".old", path)  # it is put back
             await run(queue.complete, task)
         await run(queue.close)
+
+    def test_an_error_of_a_file_that_went_away_says_so(self, path: str) -> None:
+        with SQLiteQueue(path) as queue:
+            queue.enqueue(Task("f"))
+            os.rename(path, path + ".old")
+            error = sqlite3.OperationalError("disk I/O error")
+            error.sqlite_errorcode = sqlite3.SQLITE_IOERR
+            translated = database_of(queue).translate(error)
+            assert isinstance(translated, DatabaseReplacedError)
+            os.rename(path + ".old", path)
 
     def test_a_commit_into_a_file_that_just_went_away_is_not_acknowledged(
         self, path: str, monkeypatch: pytest.MonkeyPatch
