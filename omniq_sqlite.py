@@ -2947,9 +2947,12 @@ class _Database:
 
     @staticmethod
     def pause(waited: float) -> None:
-        """Sleep between two attempts: briefly, at random, less after a long wait."""
+        """Sleep between two attempts: briefly, at random, less after a long wait.
+
+        Bounded, or a crowd behind a holder that is slow would take its processor.
+        """
         _check_interrupts()
-        time.sleep(random.uniform(0.0005, 0.002) / (1.0 + 10.0 * waited))
+        time.sleep(random.uniform(0.0005, 0.002) / (1.0 + 10.0 * min(waited, 0.5)))
 
     def _try_connect(self, writable: bool) -> sqlite3.Connection:
         connection = self._open_file()

@@ -2990,6 +2990,18 @@ class TestGroupCommit:
 
 
 class TestBusyFile:
+    def test_a_long_wait_for_the_lock_does_not_spin(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        slept: list[float] = []
+        sleeper = types.SimpleNamespace(sleep=slept.append)
+        monkeypatch.setattr(omniq_sqlite, "time", sleeper)
+        for waited in (0.0, 0.1, 30.0):
+            omniq_sqlite._Database.pause(waited)
+        assert 0.000_5 <= slept[0] <= 0.002
+        assert 0.000_25 <= slept[1] <= 0.001
+        assert slept[2] >= 0.000_08
+
     async def test_opening_a_file_that_is_up_to_date_waits_for_no_writer(
         self, path: str
     ) -> None:
