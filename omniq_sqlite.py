@@ -7266,7 +7266,8 @@ def _twin_of(cls: Any, storage: Any, given: Any) -> Any:
 #   claim travels in the same commit as the outcomes of the last ones: for no-op
 #   tasks that is one flush for each batch. Whatever ends while a commit is under
 #   way joins the next batch; nothing waits for a batch to fill.
-# - `_Crew` runs shifts in child processes and replaces those that end.
+# - `_Crew` runs shifts in child processes and replaces those that end, or that
+#   do not answer for a whole lease.
 # - `AsyncWorker` is what the user holds; it has one of the last two while it
 #   runs. `Worker` is its blocking twin.
 
@@ -8546,8 +8547,9 @@ class AsyncWorker:
         paused do not count); it waits for a retry in the future, by the backend's
         clock. `max_tasks`: return after so many. `processes`: more than one runs the
         worker in as many child processes named `NAME-1` and so on, which are
-        replaced when they end; functions must then be importable. `signals`: stop
-        at SIGINT or SIGTERM, and end at once at the second (main thread only).
+        replaced when they end, or give no sign of life for a lease (stopped, or
+        stuck in C); functions must then be importable. `signals`: stop at SIGINT
+        or SIGTERM, and end at once at the second (main thread only).
 
         Cancelled, it releases async functions at once and waits for plain ones.
         """
