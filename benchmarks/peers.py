@@ -31,7 +31,6 @@ from typing import Any, ClassVar, TypeVar
 
 # What is measured is the module beside this folder, installed or not.
 sys.path.insert(0, str(Path(__file__).parent.parent))
-import omniq_sqlite
 
 T = TypeVar("T")
 
@@ -276,12 +275,15 @@ class OmniQ(Peer):
     name = "omniq_sqlite"
 
     def open(self, synchronous: str) -> None:
+        import omniq_sqlite
+
+        self.module = omniq_sqlite
         self.busy = (omniq_sqlite.DatabaseBusyError,)
         self.queue = omniq_sqlite.SQLiteQueue(self.file, synchronous=synchronous)
         self.queue.count_tasks()
 
     def enqueue(self, payload: str) -> None:
-        self.queue.enqueue(omniq_sqlite.Task("noop", (payload,)))
+        self.queue.enqueue(self.module.Task("noop", (payload,)))
 
     def claim(self) -> Any:
         return self.queue.dequeue()
@@ -296,7 +298,7 @@ class OmniQ(Peer):
         return str(claimed.args[0])
 
     def enqueue_bulk(self, payloads: Sequence[str]) -> None:
-        self.queue.enqueue_many([omniq_sqlite.Task("noop", (p,)) for p in payloads])
+        self.queue.enqueue_many([self.module.Task("noop", (p,)) for p in payloads])
 
     def work_bulk(self, count: int) -> list[str]:
         claimed = self.queue.dequeue_many(count)
@@ -304,7 +306,7 @@ class OmniQ(Peer):
         return [self.payload(task) for task in claimed]
 
     def count(self) -> int:
-        return self.queue.count_tasks(status=omniq_sqlite.TaskStatus.PENDING)
+        return self.queue.count_tasks(status=self.module.TaskStatus.PENDING)
 
     def synchronous(self) -> str:
         # Right after an enqueue or complete: claims need no flush of their own,
@@ -746,7 +748,7 @@ PEERS: dict[str, type[Peer]] = {
 def version(peer: type[Peer]) -> str | None:
     """Return the installed version, or None."""
     if peer is OmniQ:
-        return omniq_sqlite.__version__
+        return str(importlib.import_module("omniq_sqlite").__version__)
     if peer is Bare:
         return sqlite3.sqlite_version
     try:

@@ -371,6 +371,7 @@ def describe(options: argparse.Namespace, root: Path) -> dict[str, Any]:
         "versions": {n: peers.version(p) for n, p in PEERS.items()}
         | {n: importlib.metadata.version(n) for n in names},
         "repeats": options.repeats,
+        "rows": options.rows,
     }
 
 
@@ -466,6 +467,8 @@ def run(options: argparse.Namespace, root: Path) -> dict[str, Any]:
         for row in rows:
             outcomes.append(bench.measure(row))
             print_outcome(outcomes[-1], timed=not options.quick)
+    except KeyboardInterrupt:
+        print("\ninterrupted: the rows from here on are left out")
     finally:
         bench.close()
     failed = [
@@ -483,7 +486,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(sys.argv[1:] if arguments is None else arguments)
     root = choose_root(options.folder)
     began = time.monotonic()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         results = run(options, root)
     finally:

@@ -19,8 +19,6 @@ from typing import Any
 
 import peers
 
-from omniq_sqlite import SQLiteBackend, TaskRegistry, Worker
-
 
 def calibrate(seconds: float = 0.001) -> int:
     """Return how many steps of `burn` take this long on an idle core."""
@@ -32,14 +30,14 @@ def calibrate(seconds: float = 0.001) -> int:
     return int(steps * seconds / best)
 
 
-TASKS = TaskRegistry()
-TASKS.register(name="noop")(peers.noop)
-
-
 def work_omniq(folder: Path, processes: int) -> None:
     """Run this project's worker, with results and events in the same file."""
+    from omniq_sqlite import SQLiteBackend, TaskRegistry, Worker
+
+    tasks = TaskRegistry()
+    tasks.register(name="noop")(peers.noop)
     with SQLiteBackend(folder / "queue.db", events=True) as backend:
-        Worker(backend, TASKS).run(processes=processes)
+        Worker(backend, tasks).run(processes=processes)
 
 
 def work_huey(folder: Path, processes: int) -> None:

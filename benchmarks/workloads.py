@@ -187,6 +187,11 @@ def slices(
         more = yield done, elapsed
 
 
+def environment() -> dict[str, str]:
+    """Return an environment in which Python keeps what it compiled, as users do."""
+    return {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
+
+
 def expect(holds: bool, what: str) -> None:
     """Fail the measurement if a queue lost or repeated something."""
     if not holds:
@@ -630,8 +635,9 @@ def running_worker(name: str, folder: Path, processes: int = 1) -> Iterator[int]
     child = subprocess.Popen(
         [*command, "--processes", str(processes)],
         stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
         start_new_session=True,
+        env=environment(),
     )
     try:
         yield child.pid
@@ -641,7 +647,7 @@ def running_worker(name: str, folder: Path, processes: int = 1) -> Iterator[int]
             child.wait(15)
         with contextlib.suppress(ProcessLookupError):
             os.killpg(child.pid, signal.SIGKILL)
-        child.communicate()
+        child.wait()
 
 
 def watch_drain(peer: Peer, window: float) -> float:
@@ -839,12 +845,14 @@ def import_time(name: str, root: Path, size: Size) -> Sample:
         "t = time.perf_counter(); import omniq_sqlite; print(time.perf_counter() - t)"
     )
     folder = str(Path(__file__).parent.parent)
-    environment = {
-        k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"
-    }
     command = [sys.executable, "-c", program, folder]
     out = subprocess.run(
-        command, capture_output=True, check=True, text=True, timeout=60, env=environment
+        command,
+        capture_output=True,
+        check=True,
+        text=True,
+        timeout=60,
+        env=environment(),
     )
     return {"value": float(out.stdout) * 1e3}
 
