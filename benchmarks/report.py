@@ -206,7 +206,7 @@ def as_json(outcome: Outcome) -> dict[str, Any]:
 
 def print_table(results: dict[str, Any]) -> None:
     """Print the rows as README shows them."""
-    print("\n| workload | omniq_sqlite | beside it | threshold and what came out |")
+    print("\n| workload | omniq_sqlite | beside it | wanted, and what came out |")
     print("| --- | ---: | --- | --- |")
     for row in results["rows"]:
         columns = row["columns"]
@@ -217,9 +217,13 @@ def print_table(results: dict[str, Any]) -> None:
             key=lambda c: columns[c]["median"],
             reverse=not row["fewer_is_better"],
         )
-        beside = ", ".join(f"{c} {show(columns[c]['median'])}" for c in others[:4])
+        shown = [c for c in others if c == "sqlite3"] + [
+            c for c in others if c != "sqlite3"
+        ]
+        beside = ", ".join(f"{c} {show(columns[c]['median'])}" for c in shown[:4])
         verdicts = "; ".join(
-            f"{show(v['value'])} ({v['text']}{'' if v['holds'] else ': **missed**'})"
+            f"{v['text']}: {'' if v['holds'] else '**'}{show(v['value'])}"
+            f"{'' if v['holds'] else '**'}"
             for v in row["verdicts"]
             if v["value"] is not None
         )
