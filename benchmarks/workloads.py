@@ -567,8 +567,13 @@ def time_pairs(folder: Path, size: Size, retention: float = 0.0) -> Measuring:
             taken += 5
             return 5
 
-        yield from slices(size, step)
-        add_tasks(queue, taken)
+        def prepare() -> None:
+            nonlocal taken
+            add_tasks(queue, taken)  # as many as before
+            taken = 0
+
+        yield from slices(size, step, prepare)
+        prepare()
         yield {}
 
 
