@@ -1009,7 +1009,7 @@ ROWS: tuple[Row, ...] = (
     Row(
         "backlog",
         "claim + complete beside 1,000,000 pending and 100,000 delayed tasks",
-        "us",
+        "µs",
         ("1,000 pending", "1,000,000 pending"),
         (Check(1.3, "1,000 pending", of="1,000,000 pending", at_most=True),),
         time_pairs,
@@ -1020,7 +1020,7 @@ ROWS: tuple[Row, ...] = (
     Row(
         "queues",
         "claim + complete with 500 queues in the file",
-        "us",
+        "µs",
         ("1 queue", "500 queues"),
         (Check(1.3, "1 queue", of="500 queues", at_most=True),),
         time_pairs,
@@ -1031,7 +1031,7 @@ ROWS: tuple[Row, ...] = (
     Row(
         "completed",
         "claim + complete beside 1,000,000 kept completed tasks",
-        "us",
+        "µs",
         ("none", "1,000,000 completed"),
         (Check(1.3, "none", of="1,000,000 completed", at_most=True),),
         time_pairs,
