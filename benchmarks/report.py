@@ -233,6 +233,7 @@ def print_table(results: dict[str, Any]) -> None:
 def plot(results: dict[str, Any], path: Path) -> None:
     """Draw a bar for each column of the rows that have peers."""
     pyplot = importlib.import_module("matplotlib.pyplot")
+    pyplot.rcParams["svg.fonttype"] = "none"  # text stays text
     wanted = (
         "enqueue-full work-full enqueue-bulk enqueue-async enqueue-threads"
         " enqueue-processes work-processes wake worker"
