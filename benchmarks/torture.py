@@ -135,7 +135,7 @@ class Ring:
         pid = os.fork()
         if pid == 0:
             self._play(role, args, seed)
-        self.running[pid] = f"{role.__name__}{args}"
+        self.running[pid] = f"{role.__name__}{args}"[:100]
         return pid
 
     def _play(
@@ -183,7 +183,7 @@ class Ring:
         for pid in list(self.running):
             self.wait(pid, max(0.0, self.until - time.monotonic()) + GRACE)
 
-    def play(self, role: Callable[..., None], *args: Any, seconds: float = 120) -> None:
+    def play(self, role: Callable[..., None], *args: Any, seconds: float = 600) -> None:
         """Run a role in a child to its end."""
         self.wait(self.start(role, *args), seconds)
 
