@@ -28,7 +28,7 @@ import run
 import workloads
 from report import percentile
 
-from omniq_sqlite import SQLiteQueue, Task
+from omniq_sqlite import DatabaseBusyError, SQLiteQueue, Task
 
 PROCESSES = (1, 2, 4, 8, 16)
 WINDOW = 2.0
@@ -56,11 +56,17 @@ def cycle(queue: SQLiteQueue, deadline: float) -> dict[str, list[float]]:
 
 
 def cycle_in_process(file: Path, start_at: float) -> dict[str, list[float]]:
-    """Do so in a process of its own, from an instant on."""
+    """Do so in a process of its own, from an instant on.
+
+    One that waited in vain has that wait alone to show.
+    """
     with SQLiteQueue(file) as queue:
         queue.count_tasks()
         time.sleep(max(0.0, start_at - time.time()))
-        return cycle(queue, start_at + WINDOW)
+        try:
+            return cycle(queue, start_at + WINDOW)
+        except DatabaseBusyError as error:
+            return {"enqueue": [error.waited], "claim": [], "complete": []}
 
 
 def summarize(parts: list[dict[str, list[float]]], folder: Path) -> Point:
@@ -68,8 +74,10 @@ def summarize(parts: list[dict[str, list[float]]], folder: Path) -> Point:
     point: Point = {"cycles/s": sum(len(part["complete"]) for part in parts) / WINDOW}
     for name in ("enqueue", "claim", "complete"):
         calls = [value for part in parts for value in part[name]]
-        point[f"{name} p50"] = percentile(calls, 0.5) * 1e3
-        point[f"{name} p99"] = percentile(calls, 0.99) * 1e3
+        if calls:
+            point[f"{name} p50"] = percentile(calls, 0.5) * 1e3
+            point[f"{name} p99"] = percentile(calls, 0.99) * 1e3
+            point[f"{name} longest"] = max(calls) * 1e3
     file, wal = peers.file_sizes(folder)
     return point | {"file MB": file / 1e6, "WAL MB": wal / 1e6}
 
