@@ -7825,13 +7825,14 @@ async def _insist(
 ) -> T:
     """Try until it succeeds, ever more slowly: a database may recover.
 
-    Raises: `LeaseLostError` and `StorageClosedError`, which no other try mends.
+    Raises: `LeaseLostError`, `StorageClosedError` and `DatabaseReplacedError`: no
+    other try mends them.
     """
     pause = 0.0
     while True:
         try:
             return await work()
-        except (LeaseLostError, StorageClosedError):
+        except (LeaseLostError, StorageClosedError, DatabaseReplacedError):
             raise
         except Exception as error:  # noqa: BLE001 -- reported, and tried again
             report(error)
@@ -8189,7 +8190,7 @@ class _Shift:
             await _insist(partial(self._write, run), report)
         except LeaseLostError:
             self.warn(run, "has lost its lease; its outcome is dropped")
-        except StorageClosedError as error:
+        except (StorageClosedError, DatabaseReplacedError) as error:
             self.warn(run, "is left to its lease: %s", error)
         finally:
             self._runs.discard(run)

@@ -12565,6 +12565,22 @@ class TestAttacks:
         assert rig.get(task_id).status is TaskStatus.FAILED
         assert "Unreadable" in str(rig.get(task_id).error)
 
+    def test_a_worker_over_a_deleted_file_ends_with_an_error_that_says_so(
+        self, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        path = tmp_path / "jobs.db"
+        tasks = TaskRegistry()
+
+        @tasks.register
+        def delete() -> None:
+            path.unlink()
+
+        with SQLiteBackend(path) as backend:
+            backend.queue.enqueue(delete.task())
+            with pytest.raises(DatabaseReplacedError):
+                Worker(backend, tasks).run()
+        assert "is left to its lease" in caplog.text
+
     @POSIX
     @pytest.mark.parametrize(
         ("kind", "end"), [("plain", "return"), ("on_loop", "sys.exit(3)")]
