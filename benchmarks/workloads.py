@@ -24,6 +24,7 @@ import time
 from collections.abc import Callable, Coroutine, Generator, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -859,16 +860,17 @@ def import_time(name: str, root: Path, size: Size) -> Sample:
     )
     folder = str(Path(__file__).parent.parent)
     command = [sys.executable, "-c", program, folder]
-    for _ in range(2):  # the first one may have to compile
-        out = subprocess.run(
-            command,
-            capture_output=True,
-            check=True,
-            text=True,
-            timeout=60,
-            env=environment(),
-        )
-    return {"value": float(out.stdout) * 1e3}
+    run = partial(
+        subprocess.run,
+        command,
+        capture_output=True,
+        check=True,
+        text=True,
+        timeout=60,
+        env=environment(),
+    )
+    run()  # the first one may have to compile
+    return {"value": float(run().stdout) * 1e3}
 
 
 # =============================================================================
