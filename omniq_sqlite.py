@@ -2589,8 +2589,8 @@ class _Request(Generic[T]):
     """
 
     __slots__ = (
-        "alone", "delivery", "done", "error", "flush", "operation", "result",
-        "since", "taken", "wake",
+        "alone", "delivery", "done", "error", "flush", "looked", "operation",
+        "result", "since", "taken", "wake",
     )  # fmt: skip
 
     def __init__(
@@ -2605,6 +2605,7 @@ class _Request(Generic[T]):
         self.flush = operation.flush
         self.since = time.monotonic()
         self.taken = False  # off the list, into a transaction
+        self.looked = False  # found something to write: the transaction will tell
         self.alone = False  # its group was lost: runs in a transaction of its own
         self.done = False
         self.result: T | None = None
@@ -3172,7 +3173,9 @@ class _Database:
             waiting = list(itertools.islice(self.pending, _MAX_GROUP))
         if waiting and waiting[0].alone:
             del waiting[1:]
-        answered = [r for r in waiting if not self._look_one(connection, r)]
+        answered = [
+            r for r in waiting if not r.looked and not self._look_one(connection, r)
+        ]
         if answered:
             self._take(answered)
             self._deliver(answered)
@@ -3202,10 +3205,14 @@ class _Database:
                 self.pending = collections.deque(r for r in self.pending if not r.taken)
 
     def _put_back(self, group: Iterable[_Request[Any]]) -> None:
+        """Let them wait for the next transaction; what they saw still counts.
+
+        Otherwise 1,000 claims at once made 6,486 looks.
+        """
         with self.queue_lock:
             waiting = [r for r in group if r.taken and not r.done]
             for request in waiting:
-                request.taken = False
+                request.taken, request.looked = False, True
                 request.result = request.error = None
             self.pending.extendleft(reversed(waiting))
 

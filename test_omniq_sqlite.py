@@ -2810,6 +2810,17 @@ class TestGroupCommit:
                 f"t{i}" for i in range(9)
             ]
 
+    async def test_a_claim_that_waits_for_its_transaction_looks_once(
+        self, path: str, spied: list[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(omniq_sqlite, "_MAX_GROUP_SECONDS", -1)  # one each
+        async with AsyncSQLiteQueue(path, synchronous="OFF") as queue:
+            await queue.enqueue_many([Task("f") for _ in range(30)])
+            spied.clear()
+            claimed = await asyncio.gather(*(queue.dequeue() for _ in range(30)))
+        assert None not in claimed
+        assert spied.count("look") == 30
+
     def test_a_group_that_a_full_disk_ended_is_run_again_one_by_one(
         self, path: str
     ) -> None:
