@@ -127,6 +127,10 @@ from omniq_sqlite import (
 
 pytestmark = pytest.mark.anyio
 
+# A shell that starts something in the background lets it ignore Ctrl-C.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
 # The same examples in each run: what fails, fails for everybody. To look for more:
 # `HYPOTHESIS_PROFILE=random` and a larger `max_examples`.
 settings.register_profile("random", deadline=None, database=None)
