@@ -2182,7 +2182,7 @@ class TestClosed:
         made = api.make(kind)
         await call(made.close)
         left_out = {"close", "enqueue_on", "follow", "from_async", "to_async"}
-        left_out |= {"from_env", "from_url"}
+        left_out |= {"from_env", "from_url", "wait_all"}
         methods = get_public(type(made))
         callables = {name for name, method in methods.items() if callable(method)}
         assert callables - left_out == set(CLOSED_CALLS[kind])
@@ -2209,6 +2209,8 @@ class TestClosed:
             await call(backend.results.list_results)
         with pytest.raises(StorageClosedError):
             await call(backend.events.count)
+        with pytest.raises(StorageClosedError):
+            await gather_results(backend.wait_all(["a1"]))
 
 
 class TestBusyTimeout:
