@@ -15289,6 +15289,7 @@ class TestCrashes:
         ]
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="it reads /proc")
 class TestTorture:
     """The short form of `benchmarks/torture.py`, which see."""
@@ -16237,6 +16238,7 @@ class TestDeployment:
                 assert restored.check() == backend.check() == []
 
 
+@pytest.mark.long
 class TestBenchmarks:
     @pytest.mark.timeout(240)  # 30 s where nothing else runs
     def test_the_quick_form_does_every_workload_and_loses_no_task(
