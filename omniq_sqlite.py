@@ -565,9 +565,8 @@ def _integer(minimum: int = 0, maximum: int = _MAX_INTEGER) -> _Rule:
 
 def _one_of(choices: type[StrEnum]) -> _Rule:
     values = frozenset(choices)
-    return "one of " + ", ".join(
-        choices
-    ), lambda value: isinstance(value, str) and value in values
+    rule = "one of " + ", ".join(choices)
+    return rule, lambda value: isinstance(value, str) and value in values
 
 
 def _is_name(value: object) -> bool:
@@ -7827,19 +7826,22 @@ def _longer(pause: float) -> float:
     return min(max(0.05, pause * 2), _LONGEST_PAUSE) * random.uniform(0.8, 1.2)
 
 
+_UNUSABLE = (StorageClosedError, DatabaseReplacedError)
+"""What no waiting mends: the object has to be made anew."""
+
+
 async def _insist(
     work: Callable[[], Awaitable[T]], report: Callable[[Exception], object]
 ) -> T:
     """Try until it succeeds, ever more slowly: a database may recover.
 
-    Raises: `LeaseLostError`, `StorageClosedError` and `DatabaseReplacedError`: no
-    other try mends them.
+    Raises: `LeaseLostError` and `_UNUSABLE`, which no other try mends.
     """
     pause = 0.0
     while True:
         try:
             return await work()
-        except (LeaseLostError, StorageClosedError, DatabaseReplacedError):
+        except (LeaseLostError, *_UNUSABLE):
             raise
         except Exception as error:  # noqa: BLE001 -- reported, and tried again
             report(error)
@@ -8197,7 +8199,7 @@ class _Shift:
             await _insist(partial(self._write, run), report)
         except LeaseLostError:
             self.warn(run, "has lost its lease; its outcome is dropped")
-        except (StorageClosedError, DatabaseReplacedError) as error:
+        except _UNUSABLE as error:
             self.warn(run, "is left to its lease: %s", error)
         finally:
             self._runs.discard(run)

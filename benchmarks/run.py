@@ -412,6 +412,20 @@ def choose_root(given: Path | None) -> Path:
     return Path(tempfile.mkdtemp(prefix="omniq-benchmark-", dir=parent))
 
 
+def add_output_options(parser: argparse.ArgumentParser) -> None:
+    """Add what says where the figures go, and where they are measured."""
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures")
+    parser.add_argument(
+        "--plot", type=Path, metavar="FILE", help="draw them (.svg or .png)"
+    )
+    parser.add_argument(
+        "--folder",
+        type=Path,
+        metavar="DIR",
+        help="where the files are made (default: a disk)",
+    )
+
+
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(
@@ -439,14 +453,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         metavar="N",
         help="rows of the large files",
     )
-    add("--json", type=Path, metavar="FILE", help="write all figures")
-    add("--plot", type=Path, metavar="FILE", help="draw them (.svg or .png)")
-    add(
-        "--folder",
-        type=Path,
-        metavar="DIR",
-        help="where the files are made (default: a disk)",
-    )
+    add_output_options(parser)
     options = parser.parse_args(arguments)
     options.given = list(arguments)
     unknown = [name for name in options.only if name not in {r.name for r in ROWS}]

@@ -180,14 +180,7 @@ def main() -> None:
         default=600.0,
         help="sizes that would take longer are left out",
     )
-    add("--json", type=Path, metavar="FILE", help="write all figures")
-    add("--plot", type=Path, metavar="FILE", help="draw them (.svg or .png)")
-    add(
-        "--folder",
-        type=Path,
-        metavar="DIR",
-        help="where the files are made (default: a disk)",
-    )
+    run.add_output_options(parser)
     options = parser.parse_args()
     root = run.choose_root(options.folder)
     print(f"Python {sys.version.split()[0]}, {run.filesystem(root)}")
