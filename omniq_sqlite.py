@@ -2396,6 +2396,7 @@ _MAX_GROUP = 1_024  # operations in one transaction
 _MAX_GROUP_SECONDS = 0.025  # after which other processes get a turn
 _CHECKPOINT_COMMITS = 256  # own commits between two guarded checkpoints
 _CHECKPOINT_BYTES = 4 * 2**20  # growth of the WAL that brings one forward
+_LONG_WAL_FRAMES = 2_048  # in a WAL that is to be checkpointed again soon
 _QUICK = 0.001  # seconds in which it can hardly grow (not to look saves 3 of 90 µs)
 _QUICK_COMMITS = 16  # commits as quick as that between two looks at its size
 _WAL_KEPT_BYTES = 16 * 2**20  # size to which a WAL that was reset is cut
@@ -3403,10 +3404,14 @@ class _Database:
                 self.retry(lambda: guard.execute("BEGIN IMMEDIATE"), patience=1.0)
                 try:
                     with self.checkpointer as connection:
-                        connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
+                        [(_, frames, _)] = connection.execute(
+                            "PRAGMA wal_checkpoint(PASSIVE)"
+                        ).fetchall()
                 finally:
                     guard.execute("COMMIT")
             self.wal_size = os.stat(self.path + "-wal").st_size
+            if frames > _LONG_WAL_FRAMES:  # a reader may have kept it from a reset
+                self.commits_since_checkpoint = _CHECKPOINT_COMMITS - _QUICK_COMMITS
         except (sqlite3.Error, OSError, OmniQError) as error:
             logger.debug("checkpoint of %r was put off: %s", self.path, error)
 
