@@ -66,6 +66,7 @@ import concurrent.futures
 import contextlib
 import contextvars
 import copy
+import errno
 import functools
 import gc
 import importlib
@@ -315,7 +316,7 @@ class DatabaseBusyError(OmniQError, TimeoutError):
 class DatabaseFullError(_FileError, OSError):
     """The disk or a quota is full; nothing was changed. Free space, try again."""
 
-    message = "no space left for database {path!r}; free some and try again"
+    message = "no space (or quota) left for database {path!r}; free some and try again"
 
 
 class ReadOnlyDatabaseError(_FileError, PermissionError):
@@ -3094,6 +3095,8 @@ class _Database:
                 return ReadOnlyDatabaseError(self.path)
             case sqlite3.SQLITE_CORRUPT | sqlite3.SQLITE_NOTADB:
                 return CorruptDatabaseError(self.path, text)
+            case sqlite3.SQLITE_IOERR if self._is_out_of_space():
+                return DatabaseFullError(self.path)
             case sqlite3.SQLITE_CANTOPEN | sqlite3.SQLITE_IOERR:
                 return DatabaseAccessError(self.path, text)
             case sqlite3.SQLITE_PERM | sqlite3.SQLITE_AUTH:
@@ -3103,6 +3106,25 @@ class _Database:
             case sqlite3.SQLITE_ERROR if "no such" in text:
                 return SchemaVersionError(self.path, "its", text)
         return OmniQError(f"database {self.path!r}: {text}")
+
+    def _is_out_of_space(self) -> bool:
+        """Tell whether a quota or a limit is why a file cannot grow.
+
+        SQLite calls that a failed write, as it calls a broken disk; so a file that
+        has no name is written at the place where the larger of ours ends.
+        """
+        import tempfile  # rare; costs import time
+
+        try:
+            size = max(os.path.getsize(self.path + end) for end in ("", "-wal"))
+            folder = os.path.dirname(self.path)
+            with tempfile.TemporaryFile(dir=folder, buffering=0) as file:
+                file.seek(size)
+                file.write(bytes(65_536))
+                file.write(bytes(1))  # the first one may have been cut short
+        except OSError as error:
+            return error.errno in (errno.EFBIG, errno.EDQUOT, errno.ENOSPC)
+        return False
 
     # -- Reading --
 

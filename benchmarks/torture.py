@@ -1545,8 +1545,8 @@ def run_into_quota(ring: Ring) -> None:
     for _ in range(20):
         try:
             put_large(ring, backend)
-        except (omniq_sqlite.DatabaseFullError, omniq_sqlite.DatabaseAccessError):
-            ring.count("full")  # SQLite calls a quota a failed write
+        except omniq_sqlite.DatabaseFullError:
+            ring.count("full")
     resource.setrlimit(resource.RLIMIT_FSIZE, (-1, -1))
     put_large(ring, backend)
     backend.close()
