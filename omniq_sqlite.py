@@ -2399,7 +2399,7 @@ def _task_of(row: Row, serializer: Serializer) -> Task:
 _MAX_GROUP = 1_024  # operations in one transaction
 _MAX_GROUP_SECONDS = 0.025  # after which other processes get a turn
 _LONG_TURN = 20  # commits in a row, from which on a turn counts as long
-_TURN_WEIGHT = 3.0  # how much longer one waits after it, for each of them
+_TURN_WEIGHT = 2.5  # how much longer one waits after it, for each of them
 _CHECKPOINT_COMMITS = 256  # own commits between two guarded checkpoints
 _CHECKPOINT_BYTES = 4 * 2**20  # growth of the WAL that brings one forward
 _LONG_WAL_FRAMES = 2_048  # in a WAL that is to be checkpointed again soon
