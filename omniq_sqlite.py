@@ -3204,6 +3204,7 @@ class _Database:
         Those that find nothing to do are answered without a transaction. Looking
         first keeps idle waiters from taking the write lock from producers.
         """
+        self.check_identity()
         with self.queue_lock:
             waiting = list(itertools.islice(self.pending, _MAX_GROUP))
         if waiting and waiting[0].alone:
@@ -3212,7 +3213,6 @@ class _Database:
             r for r in waiting if not r.looked and not self._look_one(connection, r)
         ]
         if answered:
-            self.check_identity()
             self._take(answered)
             self._deliver(answered)
         return [request for request in waiting if not request.done]
@@ -3314,7 +3314,6 @@ class _Database:
             self._roll_back(connection)
             self._deliver(group)
         else:
-            self.check_identity()  # later is as if it was replaced after our answer
             self.committing = True
             connection.execute("COMMIT")
             self._finish(group)
@@ -3373,9 +3372,14 @@ class _Database:
             self._put_back(group)
 
     def _finish(self, group: list[_Request[Any]]) -> None:
-        """Tell everybody what was committed."""
+        """Tell everybody what was committed, unless the file was replaced."""
         self.commits_since_checkpoint += 1
         self.turn += 1
+        try:
+            self.check_identity()
+        except DatabaseReplacedError as error:
+            for request in group:
+                request.error = copy.copy(error)
         self.watch.ring()
         self._deliver(group)
 
