@@ -3007,24 +3007,22 @@ class TestGroupCommit:
 
 
 class TestBusyFile:
-    def test_a_long_wait_for_the_lock_does_not_spin(
-        self, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    @pytest.fixture
+    def slept(self, monkeypatch: pytest.MonkeyPatch) -> list[float]:
+        """What the module would have slept, in seconds."""
         slept: list[float] = []
         sleeper = types.SimpleNamespace(sleep=slept.append)
         monkeypatch.setattr(omniq_sqlite, "time", sleeper)
+        return slept
+
+    def test_a_long_wait_for_the_lock_does_not_spin(self, slept: list[float]) -> None:
         for waited in (0.0, 0.1, 30.0):
             omniq_sqlite._Database.pause(waited)
         assert 0.000_5 <= slept[0] <= 0.002
         assert 0.000_25 <= slept[1] <= 0.001
         assert slept[2] >= 0.000_08
 
-    def test_a_long_turn_makes_a_long_wait_that_fades(
-        self, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        slept: list[float] = []
-        sleeper = types.SimpleNamespace(sleep=slept.append)
-        monkeypatch.setattr(omniq_sqlite, "time", sleeper)
+    def test_a_long_turn_makes_a_long_wait_that_fades(self, slept: list[float]) -> None:
         for waited in (0.0, 0.1, 30.0):
             omniq_sqlite._Database.pause(waited, 50.0)
         assert 0.025 <= slept[0] <= 0.1
@@ -3036,19 +3034,18 @@ class TestBusyFile:
         self, path: str, commits: int, counted: int, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         weights: list[float] = []
-        other = sqlite3.connect(path, isolation_level=None)
 
         def pause(_waited: float, weight: float = 1.0) -> None:
             weights.append(weight)
             if len(weights) == 3:
-                other.execute("COMMIT")
+                rival.execute("COMMIT")
 
         monkeypatch.setattr(omniq_sqlite._Database, "pause", staticmethod(pause))
-        with SQLiteQueue(path) as queue, contextlib.closing(other):
+        with SQLiteQueue(path) as queue, raw(path) as rival:
             for made, length in ((commits, counted), (1, 2)):  # a turn begins anew
                 for _ in range(made):
                     queue.enqueue(Task("f"))
-                other.execute("BEGIN IMMEDIATE")
+                rival.execute("BEGIN IMMEDIATE")
                 queue.enqueue(Task("f"))
                 longer = omniq_sqlite._TURN_WEIGHT * length
                 assert weights == [1.0, longer, longer]
