@@ -3670,10 +3670,6 @@ _undo: dict[int, Callable[[], None]] = {}
 """By thread: how to give back what the call under way has claimed."""
 
 
-_set_handler = getattr(signal.signal, "__wrapped__", signal.signal)
-"""`signal.signal` without the look at its enums, 4 of the 90 µs of an enqueue."""
-
-
 class _Interrupts:
     """Records SIGINT in the main thread, from construction to `restore()`."""
 
@@ -3690,7 +3686,7 @@ class _Interrupts:
             if callable(handler):
                 _Interrupts.current = self
                 self.previous = handler
-                _set_handler(signal.SIGINT, self._record)
+                signal.signal(signal.SIGINT, self._record)
 
     def _record(self, _number: int, _frame: object) -> None:
         self.pending = True
@@ -3709,7 +3705,7 @@ class _Interrupts:
     def restore(self) -> None:
         if self.previous is not None:
             _Interrupts.current = self.outer
-            _set_handler(signal.SIGINT, self.previous)
+            signal.signal(signal.SIGINT, self.previous)
             self.check()
 
 
