@@ -2542,7 +2542,23 @@ def _absolute(path: str | os.PathLike[str]) -> str:
 
 
 class _Operation(Generic[T]):
-    """A write: `run` inside a transaction, perhaps again after a rollback."""
+    """A write on its way, who waits for it, and what became of it.
+
+    `run` is called inside a transaction, perhaps again after a rollback. `wake` is
+    called when it is this operation's turn to have a group committed, and without
+    a `future` also when it is done. It is handed over once.
+    """
+
+    wake: Callable[[], None]
+    future: asyncio.Future[None] | None = None  # of a loop that waits
+    awaited = True  # whether its caller is still there
+    undo: Callable[[T], None] | None = None  # takes a result whose caller has gone
+    looked = True  # the transaction will tell whether there is something to write
+    taken = False  # off the list, into a transaction
+    alone = False  # its group was lost: runs in a transaction of its own
+    done = False
+    result: Any = None
+    error: BaseException | None = None
 
     def __init__(
         self,
@@ -2556,18 +2572,46 @@ class _Operation(Generic[T]):
         # Whether it may fail with an error of ours after it has changed something.
         # An operation whose first statement decides does without (a quarter less).
         self.savepoint = savepoint
+        self.since = time.monotonic()
 
-    def look(self, connection: sqlite3.Connection) -> bool:
-        """Read before the transaction; `False`: nothing to write, take `idle()`."""
-        return True
+    def look(self, connection: sqlite3.Connection) -> T | None:
+        """Read before the transaction; return the result if nothing is to write.
 
-    def idle(self) -> T:
-        """Return the result of an operation that had nothing to write."""
+        Called where `looked` is false at first.
+        """
         raise NotImplementedError
 
     def must_flush(self, result: T) -> bool:
         """Tell whether this very result must outlive a power cut after all."""
         return False
+
+    @property
+    def succeeded(self) -> bool:
+        return self.taken and self.done and self.error is None
+
+    def outcome(self) -> T:
+        if self.error is not None:
+            raise self.error
+        result: T = self.result
+        return result
+
+    def is_gone(self) -> bool:
+        """Tell whether nobody waits, as after a cancellation."""
+        return not self.awaited or (self.future is not None and self.future.done())
+
+    def arrive(self) -> None:
+        """Answer the caller, in its loop."""
+        if self.future is None or self.is_gone():
+            self.drop()
+        else:
+            self.future.set_result(None)
+
+    def drop(self) -> None:
+        """Undo what nobody waits for any more, and log what nobody ever did."""
+        if self.undo is not None and self.succeeded:
+            self.undo(self.result)
+        elif self.future is None and self.error is not None:
+            logger.warning("a write that nobody waits for failed: %s", self.error)
 
 
 class _Latch:
@@ -2585,46 +2629,6 @@ class _Latch:
 
     def wait(self, timeout: float = math.inf) -> bool:
         return self._lock.acquire(timeout=-1 if timeout == math.inf else timeout)
-
-
-class _Request(Generic[T]):
-    """An operation on its way, and what became of it.
-
-    `wake` is called when it is this request's turn to have a group committed,
-    and without a `delivery` also when it is done.
-    """
-
-    __slots__ = (
-        "alone", "delivery", "done", "error", "flush", "looked", "operation",
-        "result", "since", "taken", "wake",
-    )  # fmt: skip
-
-    def __init__(
-        self,
-        operation: _Operation[T],
-        wake: Callable[[], None],
-        delivery: _Delivery[T] | None = None,
-    ) -> None:
-        self.operation = operation
-        self.wake = wake
-        self.delivery = delivery
-        self.flush = operation.flush
-        self.since = time.monotonic()
-        self.taken = False  # off the list, into a transaction
-        self.looked = False  # found something to write: the transaction will tell
-        self.alone = False  # its group was lost: runs in a transaction of its own
-        self.done = False
-        self.result: T | None = None
-        self.error: BaseException | None = None
-
-    @property
-    def succeeded(self) -> bool:
-        return self.taken and self.done and self.error is None
-
-    def outcome(self) -> T:
-        if self.error is not None:
-            raise self.error
-        return cast(T, self.result)
 
 
 class _Pool:
@@ -2892,8 +2896,8 @@ class _Database:
         self.gate = threading.Condition(threading.RLock())
         self.resting = False
         self.queue_lock = threading.Lock()
-        self.pending: collections.deque[_Request[Any]] = collections.deque()
-        self.leader: _Request[Any] | None = None
+        self.pending: collections.deque[_Operation[Any]] = collections.deque()
+        self.leader: _Operation[Any] | None = None
         self.committing = False
         self.threads.clear()
         self.watch.reset()
@@ -3146,24 +3150,24 @@ class _Database:
 
     # -- Writing --
 
-    def enlist(self, request: _Request[Any]) -> bool:
-        """Queue a request; `True` if there is no leader and it is the leader now."""
+    def enlist(self, operation: _Operation[Any]) -> bool:
+        """Queue a operation; `True` if there is no leader and it is the leader now."""
         with self.queue_lock:
-            request.done = self.ended  # it is refused
+            operation.done = self.ended  # it is refused
             self.check_usable()
-            self.pending.append(request)
+            self.pending.append(operation)
             leads = self.leader is None
             if leads:
-                self.leader = request
+                self.leader = operation
             return leads
 
-    def withdraw(self, request: _Request[Any]) -> bool:
-        """Take back a request that is in no transaction yet; tell whether it was."""
+    def withdraw(self, operation: _Operation[Any]) -> bool:
+        """Take back a operation that is in no transaction yet; tell whether it was."""
         with self.queue_lock:
-            withdrawn = not request.taken and request in self.pending
+            withdrawn = not operation.taken and operation in self.pending
             if withdrawn:
-                self.pending.remove(request)
-                request.done = True
+                self.pending.remove(operation)
+                operation.done = True
             return withdrawn
 
     def hand_over(self) -> None:
@@ -3181,7 +3185,7 @@ class _Database:
         began = time.monotonic()
         weight = 1.0
         while self.pending:
-            group: list[_Request[Any]] = []
+            group: list[_Operation[Any]] = []
             try:
                 with self.writer as connection:
                     group = self._look(connection)
@@ -3198,7 +3202,7 @@ class _Database:
         if self._checkpoint_is_due(time.monotonic() - began):
             self._checkpoint()
 
-    def _look(self, connection: sqlite3.Connection) -> list[_Request[Any]]:
+    def _look(self, connection: sqlite3.Connection) -> list[_Operation[Any]]:
         """Let the operations look that have to; return those that will write.
 
         Those that find nothing to do are answered without a transaction. Looking
@@ -3215,48 +3219,49 @@ class _Database:
         if answered:
             self._take(answered)
             self._deliver(answered)
-        return [request for request in waiting if not request.done]
+        return [o for o in waiting if not o.done]
 
-    def _look_one(self, connection: sqlite3.Connection, request: _Request[Any]) -> bool:
+    def _look_one(
+        self, connection: sqlite3.Connection, operation: _Operation[Any]
+    ) -> bool:
         """Tell whether there is something to write; else set the outcome."""
         try:
-            if request.operation.look(connection):
-                return True
-            request.result = request.operation.idle()
+            operation.result = operation.look(connection)
         except Exception as error:  # noqa: BLE001 (it is the caller's outcome)
             if _is_busy(error):
                 return True  # the transaction will tell
-            self._set_error(request, error)
-        return False
+            self._set_error(operation, error)
+            return False
+        return operation.result is None
 
-    def _take(self, group: list[_Request[Any]]) -> None:
-        """Take requests off the list; those that were withdrawn leave the group."""
+    def _take(self, group: list[_Operation[Any]]) -> None:
+        """Take operations off the list; those that were withdrawn leave the group."""
         with self.queue_lock:
             group[:] = [r for r in group if not r.taken and not r.done]
-            for request in group:
-                request.taken = True
+            for operation in group:
+                operation.taken = True
             if len(group) == len(self.pending):
                 self.pending.clear()
             else:
                 self.pending = collections.deque(r for r in self.pending if not r.taken)
 
-    def _put_back(self, group: Iterable[_Request[Any]]) -> None:
+    def _put_back(self, group: Iterable[_Operation[Any]]) -> None:
         """Let them wait for the next transaction; what they saw still counts.
 
         Otherwise 1,000 claims at once made 6,486 looks.
         """
         with self.queue_lock:
             waiting = [r for r in group if r.taken and not r.done]
-            for request in waiting:
-                request.taken, request.looked = False, True
-                request.result = request.error = None
+            for operation in waiting:
+                operation.taken, operation.looked = False, True
+                operation.result = operation.error = None
             self.pending.extendleft(reversed(waiting))
 
     def _commit(
-        self, connection: sqlite3.Connection, group: list[_Request[Any]]
+        self, connection: sqlite3.Connection, group: list[_Operation[Any]]
     ) -> bool:
         """Run a group in one transaction; `False` if another writer has the lock."""
-        flush = any(request.flush for request in group)
+        flush = any(operation.flush for operation in group)
         try:
             if not self._begin(connection, flush):
                 return False
@@ -3294,13 +3299,13 @@ class _Database:
         return True
 
     def _run_group(
-        self, connection: sqlite3.Connection, group: list[_Request[Any]], flush: bool
+        self, connection: sqlite3.Connection, group: list[_Operation[Any]], flush: bool
     ) -> None:
         started = time.monotonic()
         alone = len(group) == 1
         ran = 0
-        for request in group:
-            self._run_one(connection, request, alone=alone)
+        for operation in group:
+            self._run_one(connection, operation, alone=alone)
             ran += 1
             if time.monotonic() - started > _MAX_GROUP_SECONDS:
                 break
@@ -3310,7 +3315,7 @@ class _Database:
         if not flush and self._needs_flush(group):
             self._roll_back(connection)
             self._put_back(group)
-        elif all(request.error is not None for request in group):
+        elif all(operation.error is not None for operation in group):
             self._roll_back(connection)
             self._deliver(group)
         else:
@@ -3319,36 +3324,36 @@ class _Database:
             self._finish(group)
 
     def _run_one(
-        self, connection: sqlite3.Connection, request: _Request[Any], *, alone: bool
+        self, connection: sqlite3.Connection, operation: _Operation[Any], *, alone: bool
     ) -> None:
-        savepoint = request.operation.savepoint and not alone
+        savepoint = operation.savepoint and not alone
         try:
             if savepoint:
                 connection.execute("SAVEPOINT omniq")
-            request.result = request.operation.run(connection)
+            operation.result = operation.run(connection)
         except Exception as error:
             # SQLite may have ended the whole transaction (a full disk does that).
             clean = savepoint or alone or isinstance(error, OmniQError)
             if not clean or not connection.in_transaction:
                 raise
-            self._set_error(request, error)
+            self._set_error(operation, error)
             if savepoint:
                 connection.execute("ROLLBACK TO omniq")
         if savepoint:
             connection.execute("RELEASE omniq")
 
-    def _set_error(self, request: _Request[Any], error: Exception) -> None:
-        request.error = self.translate(error)
-        if request.error is not error:
-            request.error.__cause__ = error
+    def _set_error(self, operation: _Operation[Any], error: Exception) -> None:
+        operation.error = self.translate(error)
+        if operation.error is not error:
+            operation.error.__cause__ = error
 
     @staticmethod
-    def _needs_flush(group: list[_Request[Any]]) -> bool:
-        """Mark the requests whose result has to be flushed after all."""
+    def _needs_flush(group: list[_Operation[Any]]) -> bool:
+        """Mark the operations whose result has to be flushed after all."""
         found = False
-        for request in group:
-            if request.error is None and request.operation.must_flush(request.result):
-                request.flush = found = True
+        for operation in group:
+            if operation.error is None and operation.must_flush(operation.result):
+                operation.flush = found = True
         return found
 
     def _roll_back(self, connection: sqlite3.Connection) -> None:
@@ -3359,7 +3364,7 @@ class _Database:
         except sqlite3.Error:
             self.writer.discard()
 
-    def _break_up(self, group: list[_Request[Any]], error: BaseException) -> None:
+    def _break_up(self, group: list[_Operation[Any]], error: BaseException) -> None:
         """Run each alone after a failed transaction: each gets its own error."""
         if isinstance(error, Exception) and not any(r.taken for r in group):
             self._refuse(group, error)  # it did not even begin
@@ -3367,56 +3372,55 @@ class _Database:
             self._set_error(group[0], error)
             self._deliver(group)
         else:
-            for request in group:
-                request.alone = True
+            for operation in group:
+                operation.alone = True
             self._put_back(group)
 
-    def _finish(self, group: list[_Request[Any]]) -> None:
+    def _finish(self, group: list[_Operation[Any]]) -> None:
         """Tell everybody what was committed, unless the file was replaced."""
         self.commits_since_checkpoint += 1
         self.turn += 1
         try:
             self.check_identity()
         except DatabaseReplacedError as error:
-            for request in group:
-                request.error = copy.copy(error)
+            for operation in group:
+                operation.error = copy.copy(error)
         self.watch.ring()
         self._deliver(group)
 
-    def _refuse(self, group: list[_Request[Any]], error: BaseException) -> None:
+    def _refuse(self, group: list[_Operation[Any]], error: BaseException) -> None:
         """Tell everybody that the database cannot be used."""
         self._take(group)
         translated = self.translate(error)
         cause = error.__cause__ if translated is error else error
-        for request in group:  # each its own: raising one changes its traceback
-            request.error = copy.copy(translated)
-            request.error.__cause__ = cause
+        for operation in group:  # each its own: raising one changes its traceback
+            operation.error = copy.copy(translated)
+            operation.error.__cause__ = cause
         self._deliver(group)
 
-    def _refuse_late(self, group: list[_Request[Any]]) -> None:
+    def _refuse_late(self, group: list[_Operation[Any]]) -> None:
         """Nothing was changed for those that have waited long enough."""
         now = time.monotonic()
         late = [r for r in group if now - r.since >= self.options.busy_timeout]
         self._take(late)
-        for request in late:
-            request.error = DatabaseBusyError(self.path, now - request.since)
+        for operation in late:
+            operation.error = DatabaseBusyError(self.path, now - operation.since)
         self._deliver(late)
 
     @staticmethod
-    def _deliver(group: list[_Request[Any]]) -> None:
+    def _deliver(group: list[_Operation[Any]]) -> None:
         """Hand out outcomes: by an event to threads, in one call to each loop."""
-        by_loop: dict[asyncio.AbstractEventLoop, list[_Request[Any]]] = {}
-        for request in group:
-            request.done = True
-            delivery = request.delivery
-            if delivery is None:
-                request.wake()
-            elif delivery.loop is None or delivery.is_gone():
-                delivery.undo(request)
+        by_loop: dict[asyncio.AbstractEventLoop, list[_Operation[Any]]] = {}
+        for operation in group:
+            operation.done = True
+            if operation.is_gone():
+                operation.drop()
+            elif operation.future is None:
+                operation.wake()
             else:
-                by_loop.setdefault(delivery.loop, []).append(request)
-        for loop, requests in by_loop.items():
-            _call_soon(loop, _Arrival(requests))
+                by_loop.setdefault(operation.future.get_loop(), []).append(operation)
+        for loop, operations in by_loop.items():
+            _call_soon(loop, _Arrival(operations))
 
     # -- Checkpoints --
 
@@ -3827,17 +3831,15 @@ class _DirectGateway:
     ) -> T:
         """Commit an operation; `undo` takes a result whose caller has gone."""
         self.database.check_open()
-        woken = _Latch()
-        request = _Request(operation, woken)
+        operation.wake = woken = _Latch()
         try:
-            self._serve_until_done(request, woken)
-            return request.outcome()
+            self._serve_until_done(operation, woken)
+            return operation.outcome()
         finally:
-            if undo is not None and request.succeeded:
-                result = cast(T, request.result)
-                _undo[threading.get_ident()] = partial(undo, result)
+            if undo is not None and operation.succeeded:
+                _undo[threading.get_ident()] = partial(undo, operation.result)
 
-    def _serve_until_done(self, request: _Request[Any], woken: _Latch) -> None:
+    def _serve_until_done(self, operation: _Operation[Any], woken: _Latch) -> None:
         """Wait for the leader, or lead: commit groups until ours is among them.
 
         Leadership is passed on also when an exception is raised in here, as by a
@@ -3848,21 +3850,21 @@ class _DirectGateway:
         generation = database.generation
         try:
             try:
-                database.enlist(request)
-                while not request.done:
+                database.enlist(operation)
+                while not operation.done:
                     if database.generation != generation:
-                        request.done = True
+                        operation.done = True
                         raise StorageClosedError(database.path, _FORKED)
-                    if database.leader is request:
+                    if database.leader is operation:
                         database.serve()
                     else:
-                        self._follow(request, woken)
+                        self._follow(operation, woken)
             finally:
-                self._leave(request, woken)
+                self._leave(operation, woken)
         finally:
-            self._leave(request, woken)
+            self._leave(operation, woken)
 
-    def _follow(self, request: _Request[Any], woken: _Latch) -> None:
+    def _follow(self, operation: _Operation[Any], woken: _Latch) -> None:
         """Wait for the outcome or the lead; a Ctrl-C takes back what has not begun."""
         interrupts = _recorded()
         if interrupts is None:
@@ -3870,29 +3872,30 @@ class _DirectGateway:
         elif (
             not woken.wait(_INTERRUPT_INTERVAL)
             and interrupts.pending
-            and self.database.withdraw(request)
+            and self.database.withdraw(operation)
         ):
             interrupts.check()
-            self.database.enlist(request)  # the handler did not raise: as before
+            self.database.enlist(operation)  # the handler did not raise: as before
 
-    def _leave(self, request: _Request[Any], woken: _Latch) -> None:
+    def _leave(self, operation: _Operation[Any], woken: _Latch) -> None:
         """Leave nothing behind that nobody waits for, and let the next one lead."""
         database = self.database
         while not (
-            request.done or database.leader is request or database.withdraw(request)
+            operation.done
+            or database.leader is operation
+            or database.withdraw(operation)
         ):
             woken.wait()  # it is in a transaction of another thread
-        if database.leader is request:
-            database.withdraw(request)
+        if database.leader is operation:
+            database.withdraw(operation)
             database.hand_over()
 
     def submit(self, operation: _Operation[Any]) -> None:
         """Commit an operation that nobody waits for; a failure is logged."""
-        woken = _Latch()
-        request = _Request(operation, woken)
+        operation.wake = woken = _Latch()
         try:
-            self._serve_until_done(request, woken)
-            request.outcome()
+            self._serve_until_done(operation, woken)
+            operation.outcome()
         except OmniQError as error:
             logger.warning("a write that nobody waits for failed: %s", error)
 
@@ -4029,29 +4032,28 @@ class _AsyncGateway:
         if self.database.memory:  # microseconds under a lock: no thread is needed
             return await self._direct.write(operation)
         self.database.check_open()
-        loop = _running_loop()
-        future: asyncio.Future[None] = loop.create_future()
-        delivery = _Delivery(loop, future, undo)
-        request = _Request(operation, self._lead, delivery)
-        self._enlist(request)
+        operation.undo = undo
+        operation.future = future = _running_loop().create_future()
+        self._enlist(operation)
         try:
             await future
         except BaseException:
-            delivery.future = None  # the caller goes; what is to come is undone
+            operation.awaited = False  # the caller goes; what is to come is undone
             if future.done() and not future.cancelled():
-                delivery.undo(request)  # it has come already
+                operation.drop()  # it has come already
             raise
-        return request.outcome()
+        return operation.outcome()
 
-    def _enlist(self, request: _Request[Any]) -> None:
-        """Queue a request and see that it is served.
+    def _enlist(self, operation: _Operation[Any]) -> None:
+        """Queue an operation and see that it is served.
 
-        Nothing is awaited here: a caller that is cancelled before its request is
+        Nothing is awaited here: a caller that is cancelled before its operation is
         queued has asked for nothing, and afterwards it is the delivery's turn.
         """
+        operation.wake = self._lead
         with self.database.gate:  # not while a fork is under way
             self._writer = self._running(self._writer)
-            if self.database.enlist(request):
+            if self.database.enlist(operation):
                 self._writer.submit(self._serve)
 
     def _lead(self) -> None:
@@ -4071,8 +4073,9 @@ class _AsyncGateway:
         if self.database.memory:
             self._direct.submit(operation)
             return
+        operation.awaited = False
         try:
-            self._enlist(_Request(operation, self._lead, _Delivery(None, None, None)))
+            self._enlist(operation)
         except StorageClosedError as error:
             logger.warning("a write that nobody waits for failed: %s", error)
 
@@ -4220,59 +4223,26 @@ def _set_exception(future: asyncio.Future[Any], error: BaseException) -> None:
         future.set_exception(error)
 
 
-class _Delivery(Generic[T]):
-    """Brings an outcome to the loop that waits for it, or undoes it.
+class _Arrival:
+    """Outcomes on their way to a loop; undone if the loop is closed before.
 
-    Called on the connection's thread; never by a task of some caller, which
-    could be cancelled and leave the others of its group waiting. Without a loop
-    nobody waits, and a failure is only logged.
+    Sent from the connection's thread, never by a task of some caller, which could
+    be cancelled and leave the others of its group waiting.
     """
 
-    __slots__ = ("future", "loop", "undo_result")
+    __slots__ = ("operations",)
 
-    def __init__(
-        self,
-        loop: asyncio.AbstractEventLoop | None,
-        future: asyncio.Future[None] | None,
-        undo: Callable[[T], None] | None,
-    ) -> None:
-        self.loop = loop
-        self.future = future
-        self.undo_result = undo
-
-    def is_gone(self) -> bool:
-        """Tell whether the caller was cancelled."""
-        return self.future is None or self.future.done()
-
-    def arrive(self, request: _Request[T]) -> None:
-        if self.future is None or self.future.done():
-            self.undo(request)
-        else:
-            self.future.set_result(None)
-
-    def undo(self, request: _Request[T]) -> None:
-        if self.undo_result is not None and request.succeeded:
-            self.undo_result(cast(T, request.result))
-        elif self.loop is None and request.error is not None:
-            logger.warning("a write that nobody waits for failed: %s", request.error)
-
-
-class _Arrival:
-    """Outcomes on their way to a loop; undone if the loop is closed before."""
-
-    __slots__ = ("requests",)
-
-    def __init__(self, requests: list[_Request[Any]]) -> None:
-        self.requests = requests
+    def __init__(self, operations: list[_Operation[Any]]) -> None:
+        self.operations = operations
 
     def __call__(self) -> None:
-        requests, self.requests = self.requests, []
-        for request in requests:
-            cast(_Delivery[Any], request.delivery).arrive(request)
+        operations, self.operations = self.operations, []
+        for operation in operations:
+            operation.arrive()
 
     def __del__(self) -> None:
-        for request in self.requests:
-            cast(_Delivery[Any], request.delivery).undo(request)
+        for operation in self.operations:
+            operation.drop()
 
 
 # =============================================================================
@@ -4695,7 +4665,8 @@ class _Claim(_Operation[_Claimed]):
     ) -> None:
         # `run` is a method here: bound in an attribute it would be a cycle, which only
         # the garbage collector frees.
-        self.flush = self.savepoint = False
+        self.flush = self.savepoint = self.looked = False
+        self.since = time.monotonic()
         self.queue = queue
         self.names = names
         self.limit = limit
@@ -4706,7 +4677,7 @@ class _Claim(_Operation[_Claimed]):
         self.plan = [(name, True) for name in names]
         self.next_due: float | None = None
 
-    def look(self, connection: sqlite3.Connection) -> bool:
+    def look(self, connection: sqlite3.Connection) -> _Claimed | None:
         now = self.queue._clock()
         plan: list[tuple[str, bool]] = []
         later: list[float] = []
@@ -4719,10 +4690,7 @@ class _Claim(_Operation[_Claimed]):
             elif not paused and due_at is not None:
                 later.append(due_at)
         self.plan, self.next_due = plan, min(later, default=None)
-        return bool(plan)
-
-    def idle(self) -> _Claimed:
-        return _Claimed([], [], self.next_due)
+        return None if plan else _Claimed([], [], self.next_due)
 
     def must_flush(self, result: _Claimed) -> bool:
         return any(task.attempt >= task.max_attempts for task in result.tasks)

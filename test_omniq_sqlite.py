@@ -2865,11 +2865,7 @@ class TestGroupCommit:
             def note(name: str, _: object) -> None:
                 order.append(name)
 
-            operation = omniq_sqlite._Operation
-            requests = [
-                omniq_sqlite._Request(operation(partial(note, n)), nothing)
-                for n in "abc"
-            ]
+            requests = [omniq_sqlite._Operation(partial(note, n)) for n in "abc"]
             database.pending.extend(requests[2:])
             for request in requests[:2]:
                 request.taken = True
@@ -2910,7 +2906,8 @@ class TestGroupCommit:
         queue.close()
         gateway: Any = queue._async._gateway
         woken = omniq_sqlite._Latch()
-        request = omniq_sqlite._Request(omniq_sqlite._Operation(lambda _: None), woken)
+        request = omniq_sqlite._Operation(lambda _: None)
+        request.wake = woken
         monkeypatch.setattr(omniq_sqlite._Latch, "wait", None)  # nobody would wake it
         with pytest.raises(StorageClosedError):
             gateway._serve_until_done(request, woken)
@@ -2922,10 +2919,10 @@ class TestGroupCommit:
             gateway: Any = queue._async._gateway
             database = database_of(queue)
             latches = [omniq_sqlite._Latch() for _ in range(3)]
-            nothing_done = omniq_sqlite._Operation(lambda _: None)
             first, second, third = (
-                omniq_sqlite._Request(nothing_done, latch) for latch in latches
+                omniq_sqlite._Operation(lambda _: None) for _ in latches
             )
+            third.wake = latches[2]
             assert database.enlist(first)
             assert not database.enlist(second)
             assert not database.enlist(third)
@@ -2956,13 +2953,9 @@ class TestGroupCommit:
             def note(name: str, _: object) -> None:
                 ran.append(name)
 
-            requests = [
-                omniq_sqlite._Request(
-                    omniq_sqlite._Operation(partial(note, name)), nothing
-                )
-                for name in "ab"
-            ]
+            requests = [omniq_sqlite._Operation(partial(note, name)) for name in "ab"]
             for request in requests:
+                request.wake = lambda: None
                 database.enlist(request)
 
             def raise_once(_: object) -> None:
@@ -2981,9 +2974,8 @@ class TestGroupCommit:
         with SQLiteQueue(path) as queue:
             gateway: Any = queue._async._gateway
             database, woken = database_of(queue), omniq_sqlite._Latch()
-            request = omniq_sqlite._Request(
-                omniq_sqlite._Operation(lambda _: None), woken
-            )
+            request = omniq_sqlite._Operation(lambda _: None)
+            request.wake = woken
             request.taken = True  # by another thread, which puts it back
 
             def put_back() -> None:
@@ -4632,14 +4624,14 @@ class TestCancellation:
         async with AsyncSQLiteQueue(path) as queue:
             await queue.enqueue(Task("f"))
             claiming: asyncio.Future[Task | None]
-            arrive = omniq_sqlite._Delivery.arrive
+            arrive = omniq_sqlite._Operation.arrive
 
-            def arrive_and_cancel(self: Any, request: Any) -> None:
-                arrive(self, request)
-                if isinstance(request.operation, omniq_sqlite._Claim):
+            def arrive_and_cancel(self: Any) -> None:
+                arrive(self)
+                if isinstance(self, omniq_sqlite._Claim):
                     claiming.cancel()
 
-            monkeypatch.setattr(omniq_sqlite._Delivery, "arrive", arrive_and_cancel)
+            monkeypatch.setattr(omniq_sqlite._Operation, "arrive", arrive_and_cancel)
             claiming = asyncio.ensure_future(queue.dequeue())
             with pytest.raises(asyncio.CancelledError):
                 await claiming
