@@ -2879,6 +2879,8 @@ class _Database:
         self.commits_since_checkpoint = 0
         self.turn = 0  # own commits since another writer had the lock
         self.wal_size = 0
+        bug = _has_wal_reset_bug(sqlite3.sqlite_version_info)
+        self.guarded = bug and not self.memory  # whether checkpoints must be
         self.synchronous: tuple[sqlite3.Connection | None, str] = (None, "")
         self.writer = _Pool(self, 1, writable=True)
         self.checkpointer = _Pool(self, 1, writable=True)
@@ -3026,7 +3028,7 @@ class _Database:
         [(mode,)] = connection.execute("PRAGMA journal_mode").fetchall()
         if mode != "wal":
             self._make_wal(connection)
-        if _has_wal_reset_bug(sqlite3.sqlite_version_info):
+        if self.guarded:
             connection.execute("PRAGMA wal_autocheckpoint = 0").fetchall()
         if sys.platform == "darwin":  # there fsync alone does not reach the disk
             connection.execute("PRAGMA fullfsync = ON")
@@ -3151,10 +3153,11 @@ class _Database:
     # -- Writing --
 
     def enlist(self, operation: _Operation[Any]) -> bool:
-        """Queue a operation; `True` if there is no leader and it is the leader now."""
+        """Queue an operation; `True` if there is no leader and it is the leader now."""
         with self.queue_lock:
-            operation.done = self.ended  # it is refused
-            self.check_usable()
+            operation.done = self.ended  # refused; false again if it was withdrawn
+            if self.ended:
+                self.check_open()
             self.pending.append(operation)
             leads = self.leader is None
             if leads:
@@ -3162,7 +3165,7 @@ class _Database:
             return leads
 
     def withdraw(self, operation: _Operation[Any]) -> bool:
-        """Take back a operation that is in no transaction yet; tell whether it was."""
+        """Take back an operation that is in no transaction yet; tell whether it was."""
         with self.queue_lock:
             withdrawn = not operation.taken and operation in self.pending
             if withdrawn:
@@ -3199,7 +3202,7 @@ class _Database:
             self.pause(time.monotonic() - since, weight)
             if self.turn:
                 weight, self.turn = _TURN_WEIGHT * min(self.turn, _LONG_TURN), 0
-        if self._checkpoint_is_due(time.monotonic() - began):
+        if self.guarded and self._checkpoint_is_due(time.monotonic() - began):
             self._checkpoint()
 
     def _look(self, connection: sqlite3.Connection) -> list[_Operation[Any]]:
@@ -3261,7 +3264,7 @@ class _Database:
         self, connection: sqlite3.Connection, group: list[_Operation[Any]]
     ) -> bool:
         """Run a group in one transaction; `False` if another writer has the lock."""
-        flush = any(operation.flush for operation in group)
+        flush = True in [operation.flush for operation in group]
         try:
             if not self._begin(connection, flush):
                 return False
@@ -3287,7 +3290,8 @@ class _Database:
         if not flush and wanted in ("FULL", "EXTRA"):
             wanted = "NORMAL"
         try:
-            self._roll_back(connection)  # a second exception may hit a clean-up
+            if connection.in_transaction:  # a second exception hit a clean-up
+                self._roll_back(connection)
             if self.synchronous != (connection, wanted):
                 connection.execute(_SYNCHRONOUS[wanted])
                 self.synchronous = (connection, wanted)
@@ -3301,21 +3305,18 @@ class _Database:
     def _run_group(
         self, connection: sqlite3.Connection, group: list[_Operation[Any]], flush: bool
     ) -> None:
-        started = time.monotonic()
+        limit = time.monotonic() + _MAX_GROUP_SECONDS
         alone = len(group) == 1
-        ran = 0
-        for operation in group:
+        for ran, operation in enumerate(group, 1):
             self._run_one(connection, operation, alone=alone)
-            ran += 1
-            if time.monotonic() - started > _MAX_GROUP_SECONDS:
+            if ran < len(group) and time.monotonic() > limit:
+                self._put_back(group[ran:])  # they wait for the next transaction
+                del group[ran:]
                 break
-        if ran < len(group):  # the others wait for the next transaction
-            self._put_back(group[ran:])
-            del group[ran:]
         if not flush and self._needs_flush(group):
             self._roll_back(connection)
             self._put_back(group)
-        elif all(operation.error is not None for operation in group):
+        elif None not in [operation.error for operation in group]:
             self._roll_back(connection)
             self._deliver(group)
         else:
@@ -3407,26 +3408,23 @@ class _Database:
             operation.error = DatabaseBusyError(self.path, now - operation.since)
         self._deliver(late)
 
-    @staticmethod
-    def _deliver(group: list[_Operation[Any]]) -> None:
+    def _deliver(self, group: list[_Operation[Any]]) -> None:
         """Hand out outcomes: by an event to threads, in one call to each loop."""
         by_loop: dict[asyncio.AbstractEventLoop, list[_Operation[Any]]] = {}
         for operation in group:
             operation.done = True
             if operation.is_gone():
                 operation.drop()
-            elif operation.future is None:
-                operation.wake()
-            else:
+            elif operation.future is not None:
                 by_loop.setdefault(operation.future.get_loop(), []).append(operation)
+            elif operation is not self.leader:  # who leads does not wait
+                operation.wake()
         for loop, operations in by_loop.items():
             _call_soon(loop, _Arrival(operations))
 
     # -- Checkpoints --
 
     def _checkpoint_is_due(self, took: float) -> bool:
-        if self.memory or not _has_wal_reset_bug(sqlite3.sqlite_version_info):
-            return False
         if self.commits_since_checkpoint >= _CHECKPOINT_COMMITS:
             return True
         if took < _QUICK and self.commits_since_checkpoint % _QUICK_COMMITS:
@@ -3809,7 +3807,8 @@ def _drive(
     try:
         coroutine.send(None)
     except StopIteration as stop:
-        return cast(T, stop.value)
+        value: T = stop.value
+        return value
     coroutine.close()
     raise RuntimeError("a blocking call was suspended; this is a bug in omniq_sqlite")
 
@@ -3862,7 +3861,8 @@ class _DirectGateway:
             finally:
                 self._leave(operation, woken)
         finally:
-            self._leave(operation, woken)
+            if not operation.done or database.leader is operation:
+                self._leave(operation, woken)
 
     def _follow(self, operation: _Operation[Any], woken: _Latch) -> None:
         """Wait for the outcome or the lead; a Ctrl-C takes back what has not begun."""
@@ -3887,7 +3887,8 @@ class _DirectGateway:
         ):
             woken.wait()  # it is in a transaction of another thread
         if database.leader is operation:
-            database.withdraw(operation)
+            if not operation.done:
+                database.withdraw(operation)
             database.hand_over()
 
     def submit(self, operation: _Operation[Any]) -> None:
@@ -4102,9 +4103,9 @@ class _AsyncGateway:
 
     def _running(self, thread: _ConnectionThread | None) -> _ConnectionThread:
         """Return this thread, or a new one where a fork has ended it."""
-        self.database.check_usable()
         if thread is not None and thread in self.database.threads:
             return thread
+        self.database.check_usable()
         thread = _ConnectionThread()
         self.database.threads.append(thread)
         return thread
