@@ -2631,6 +2631,19 @@ class _Latch:
         return self._lock.acquire(timeout=-1 if timeout == math.inf else timeout)
 
 
+class _Freed(threading.Condition):
+    """Tells that a connection is free again; knows whether anybody waits for one."""
+
+    waiting = 0
+
+    def wait(self, timeout: float | None = None) -> bool:
+        self.waiting += 1
+        try:
+            return super().wait(timeout)
+        finally:
+            self.waiting -= 1
+
+
 class _Pool:
     """Up to `size` connections, each used by one thread at a time, opened lazily.
 
@@ -2653,7 +2666,7 @@ class _Pool:
                     database.resting
                     and not any(ident in p.used for p in database.pools)
                 ):
-                    database.gate.wait()
+                    database.freed.wait()
                 if database.ended:
                     database.check_open()
                 self.used[ident] = self.idle.pop() if self.idle else None
@@ -2674,7 +2687,8 @@ class _Pool:
                 self.idle.append(connection)
             if database.ended:
                 self.close()
-            database.gate.notify_all()
+            if database.freed.waiting:
+                database.freed.notify_all()
 
     def discard(self) -> None:
         """Close the connection that this thread uses; the next one is new."""
@@ -2895,7 +2909,8 @@ class _Database:
     def reset(self) -> None:
         """Begin with new locks and nothing under way: at first, and in a child."""
         self.generation += 1
-        self.gate = threading.Condition(threading.RLock())
+        self.gate = threading.RLock()
+        self.freed = _Freed(self.gate)
         self.resting = False
         self.queue_lock = threading.Lock()
         self.pending: collections.deque[_Operation[Any]] = collections.deque()
@@ -3465,9 +3480,9 @@ class _Database:
         ident = threading.get_ident()
         self.resting = True
         while any(other != ident for pool in self.pools for other in pool.used):
-            self.gate.wait()
+            self.freed.wait()
         self.resting = False
-        self.gate.notify_all()
+        self.freed.notify_all()
         if self.memory:
             return
         for pool in self.pools:
@@ -3501,7 +3516,7 @@ class _Database:
         limit = time.monotonic() + timeout
         with self.gate:
             while self._is_busy() and time.monotonic() < limit:
-                self.gate.wait(0.01)
+                self.freed.wait(0.01)
             self.ended = True
             for pool in self.pools:
                 pool.close()
@@ -4995,6 +5010,8 @@ class AsyncSQLiteQueue(_AsyncStorage):
 
     def _note_worker(self, worker: str, names: Sequence[str]) -> None:
         """Let others see that this worker lives, every ten seconds."""
+        if not self._note_is_due(worker):
+            return
         parameters = {
             "name": worker,
             "host": socket.gethostname(),
@@ -5006,8 +5023,7 @@ class AsyncSQLiteQueue(_AsyncStorage):
         def run(connection: sqlite3.Connection) -> None:
             connection.execute(UPSERT_WORKER, parameters)
 
-        if self._note_is_due(worker):
-            self._gateway.submit(_Operation(run, flush=False))
+        self._gateway.submit(_Operation(run, flush=False))
 
     def _note_is_due(self, worker: str) -> bool:
         now = time.monotonic()
