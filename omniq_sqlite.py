@@ -638,14 +638,16 @@ def _check_values(**values: object) -> None:
     """Check parameters by the rules of their names."""
     for name, value in values.items():
         rule, holds = _RULES[name]
-        _check(holds(value), name, rule, value)
+        if not holds(value):
+            _check(False, name, rule, value)
 
 
 def _check_optional(**values: object) -> None:
     """Check parameters that may be `None`."""
     for name, value in values.items():
         rule, holds = _RULES[name]
-        _check(value is None or holds(value), name, rule + " or None", value)
+        if value is not None and not holds(value):
+            _check(False, name, rule + " or None", value)
 
 
 @functools.cache
@@ -3066,11 +3068,8 @@ class _Database:
 
     def check_identity(self) -> None:
         """Refuse to go on with a file that is no longer the one at its path."""
-        if self._is_replaced():
+        if self.identity is not None and self._stat() != self.identity:
             raise DatabaseReplacedError(self.path)
-
-    def _is_replaced(self) -> bool:
-        return self.identity is not None and self._stat() != self.identity
 
     # -- Schema --
 
@@ -3103,8 +3102,10 @@ class _Database:
             return error
         if _is_busy(error):
             return DatabaseBusyError(self.path, waited)
-        if self._is_replaced():
-            return DatabaseReplacedError(self.path)
+        try:
+            self.check_identity()
+        except DatabaseReplacedError as replaced:
+            return replaced
         return self._translate_code(error, str(error))
 
     def _translate_code(self, error: sqlite3.Error, text: str) -> BaseException:
@@ -4625,8 +4626,9 @@ def _insert(change: _Change, row: dict[str, Any]) -> str:
             change.cursor.execute(INSERT_TASK, row)
         except sqlite3.IntegrityError as error:
             raise DuplicateTaskError(row["id"]) from error
-    change.note(EventType.ENQUEUED, row["id"], row["queue"])
-    return cast(str, row["id"])
+    task_id: str = row["id"]
+    change.note(EventType.ENQUEUED, task_id, row["queue"])
+    return task_id
 
 
 def _insert_many(change: _Change, rows: Sequence[dict[str, Any]]) -> list[str]:
