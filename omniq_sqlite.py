@@ -2626,8 +2626,10 @@ class _Latch:
         self._lock.acquire()
 
     def __call__(self) -> None:
-        with contextlib.suppress(RuntimeError):  # called before, and not yet noticed
+        try:  # noqa: SIM105 -- `suppress` costs as much as the rest
             self._lock.release()
+        except RuntimeError:
+            pass  # called before, and not yet noticed
 
     def wait(self, timeout: float = math.inf) -> bool:
         return self._lock.acquire(timeout=-1 if timeout == math.inf else timeout)
@@ -3424,17 +3426,18 @@ class _Database:
             operation.error = DatabaseBusyError(self.path, now - operation.since)
         self._deliver(late)
 
-    def _deliver(self, group: list[_Operation[Any]]) -> None:
+    @staticmethod
+    def _deliver(group: list[_Operation[Any]]) -> None:
         """Hand out outcomes: by an event to threads, in one call to each loop."""
         by_loop: dict[asyncio.AbstractEventLoop, list[_Operation[Any]]] = {}
         for operation in group:
             operation.done = True
             if operation.is_gone():
                 operation.drop()
-            elif operation.future is not None:
-                by_loop.setdefault(operation.future.get_loop(), []).append(operation)
-            elif operation is not self.leader:  # who leads does not wait
+            elif operation.future is None:
                 operation.wake()
+            else:
+                by_loop.setdefault(operation.future.get_loop(), []).append(operation)
         for loop, operations in by_loop.items():
             _call_soon(loop, _Arrival(operations))
 
@@ -3986,6 +3989,9 @@ class _NoFuture:
         pass
 
 
+_NO_FUTURE: Any = _NoFuture()
+
+
 class _ConnectionThread:
     """The thread of one aiosqlite connection, for whole functions at a time.
 
@@ -4013,7 +4019,7 @@ class _ConnectionThread:
         self._put(partial(self._run, [function]))
 
     def _put(self, function: Callable[[], object]) -> None:
-        self._connection._tx.put_nowait((cast(Any, _NoFuture()), function))
+        self._connection._tx.put_nowait((_NO_FUTURE, function))
 
     def _run(self, functions: list[Callable[[], None]]) -> None:
         try:
@@ -5879,7 +5885,7 @@ class _Twin(Generic[A]):
         **kwargs: P.kwargs,
     ) -> T:
         if self._token is None:
-            return _shielded(lambda: _drive(method, *args, **kwargs))
+            return _shielded(partial(_drive, method, *args, **kwargs))
         self._check_usable()
         return _run_in_loop(
             self._token, self._loop_thread, partial(method, *args, **kwargs)
