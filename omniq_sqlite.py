@@ -4831,7 +4831,7 @@ class AsyncSQLiteQueue(_AsyncStorage):
 
     async def _log_outside(self, notes: Sequence[dict[str, Any]]) -> None:
         """Log what was committed to an event log elsewhere; never fail for it."""
-        if self._events is None or self._events_inside or not notes:
+        if self._events is None or self._events_inside:
             return
         try:
             await self._events.log_many([_event_of_note(note) for note in notes])
@@ -4997,7 +4997,8 @@ class AsyncSQLiteQueue(_AsyncStorage):
     async def _claim(self, claim: _Claim) -> _Claimed:
         claimed = await self._gateway.write(claim, undo=self._give_back)
         try:
-            await self._log_outside(claimed.notes)
+            if claimed.notes:
+                await self._log_outside(claimed.notes)
         except BaseException:
             self._give_back(claimed)
             raise
@@ -5885,7 +5886,7 @@ class _Twin(Generic[A]):
         **kwargs: P.kwargs,
     ) -> T:
         if self._token is None:
-            return _shielded(partial(_drive, method, *args, **kwargs))
+            return _shielded(lambda: _drive(method, *args, **kwargs))
         self._check_usable()
         return _run_in_loop(
             self._token, self._loop_thread, partial(method, *args, **kwargs)
