@@ -2970,6 +2970,28 @@ class TestGroupCommit:
             assert not database.pending
             database.hand_over()
 
+    def test_an_exception_while_leaving_keeps_nobody_from_leading(
+        self, path: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """As of a signal handler, at the first statement of the clean-up."""
+
+        class Raised(BaseException):
+            pass
+
+        with SQLiteQueue(path) as queue:
+            gateway: Any = queue._async._gateway
+            real = gateway._leave
+
+            def raise_once(*_: object) -> None:
+                monkeypatch.setattr(gateway, "_leave", real)
+                raise Raised
+
+            monkeypatch.setattr(gateway, "_leave", raise_once)
+            with pytest.raises(Raised):
+                queue.enqueue(Task("f"))
+            assert database_of(queue).leader is None
+            queue.enqueue(Task("g"))
+
     def test_who_leaves_waits_for_the_transaction_that_has_it(self, path: str) -> None:
         with SQLiteQueue(path) as queue:
             gateway: Any = queue._async._gateway
