@@ -2162,6 +2162,7 @@ CLOSED_CALLS: dict[str, dict[str, tuple[Any, ...]]] = {
         "enqueue": (Task("f"),),
         "enqueue_many": ([Task("f")],),
         "complete": (Task("f", lease_id="x"),),
+        "complete_many": ([(Task("f", lease_id="x"), 1)],),
         "fail": (Task("f", lease_id="x"), ValueError("no")),
         "status": ("a1",),
         "result": ("a1",),
@@ -4309,10 +4310,10 @@ class TestInterrupts:
             while True:
                 try:
                     outer()
+                    signal.signal(signal.SIGINT, signal.SIG_IGN)
                     break
                 except KeyboardInterrupt:
                     pass
-            signal.signal(signal.SIGINT, signal.SIG_IGN)
             os.kill(killer, signal.SIGKILL)
             os.waitpid(killer, 0)
             stop.set()
@@ -5461,6 +5462,7 @@ CALLS: dict[str, Callable[[Any, Any], Any]] = {
     "complete with a result": lambda b, task: b.complete(
         task, 42, enqueue=[Task("next", unique_key="mine"), Task("more")]
     ),
+    "complete_many with results": lambda b, task: b.complete_many([(task, 42)]),
     "fail": lambda b, task: b.fail(task, ValueError("x"), retry=False),
     "release": lambda b, task: b.queue.release(task, delay=5),
     "extend": lambda b, task: b.queue.extend(task, progress=1),
@@ -7944,6 +7946,7 @@ FINE: dict[str, dict[str, dict[str, Any]]] = {
         "complete": {
             "task": Task("f", lease_id="x"), "value": 1, "enqueue": [Task("g")],
         },
+        "complete_many": {"values": [(Task("f", lease_id="x"), 1)]},
         "fail": {
             "task": Task("f", lease_id="x"), "exception": ValueError("no"),
             "retry": True, "delay": 1.0,
@@ -9629,6 +9632,45 @@ class TestBackendComplete:
             await call(backend.complete, task, 7)
         assert await get_status(backend.queue, task_id) == "running"
 
+    async def test_many_in_one_call(self, split: Any) -> None:
+        await call(split.enqueue_many, [Task("f", (n,)) for n in range(4)])
+        tasks = await call(split.queue.dequeue_many, 4)
+        await call(split.queue.cancel, tasks[2].id)
+        with pytest.raises(LeaseLostError) as caught:
+            await call(split.complete_many, ((t, t.args[0]) for t in tasks))
+        assert caught.value.task_ids == [tasks[2].id]
+        stored = await call(split.results.get_many, [t.id for t in tasks])
+        assert {r.value for r in stored.values()} == {0, 1, 3}
+        assert {r.status for r in stored.values()} == {"success"}
+        assert await call(split.queue.count_tasks, status="running") == 0
+        completed = await call(split.events.query, type="completed")
+        assert [e.task_id for e in completed] == [tasks[n].id for n in (0, 1, 3)]
+
+    async def test_many_of_which_none_is_ours(self, split: Any) -> None:
+        await call(split.enqueue_many, [Task("f") for _ in range(2)])
+        tasks = await call(split.queue.dequeue_many, 2)
+        for task in tasks:
+            await call(split.queue.cancel, task.id)
+        with pytest.raises(LeaseLostError) as caught:
+            await call(split.complete_many, [(task, 1) for task in tasks])
+        assert caught.value.task_ids == [task.id for task in tasks]
+        assert await call(split.results.list_results) == []
+
+    async def test_many_of_which_one_cannot_be_serialized(self, split: Any) -> None:
+        await call(split.enqueue_many, [Task("f") for _ in range(2)])
+        first, second = await call(split.queue.dequeue_many, 2)
+        with pytest.raises(SerializationError):
+            await call(split.complete_many, [(first, 1), (second, object())])
+        assert await call(split.queue.count_tasks, status="running") == 2
+        assert await call(split.results.list_results) == []
+
+    async def test_none_in_one_call(self, backend: Any) -> None:
+        await call(backend.complete_many, [])
+        with pytest.raises(TypeError, match="values must be a Task"):
+            await call(backend.complete_many, [("a1", 1)])
+        with pytest.raises(ValueError, match="values must be pairs"):
+            await call(backend.complete_many, [Task("f")])
+
     async def test_many_at_once_each_get_their_own_answer(self, backend: Any) -> None:
         await call(backend.enqueue_many, [Task("f", (n,)) for n in range(40)])
         tasks = await call(backend.queue.dequeue_many, 40)
@@ -10890,9 +10932,15 @@ class TestRun:
         assert [count for count in claimed if count] == [20] * 10
 
     def test_it_completes_in_batches(self, rig: Rig, monkeypatch: Any) -> None:
+        settled: list[int] = []
         groups: list[int] = []
+        settle = omniq_sqlite._Shift._settle_ended
         finish = omniq_sqlite._Database._finish
         free = threading.Event()
+
+        def noted(self: Any) -> None:
+            settled.append(len(self._ended))
+            settle(self)
 
         def counted(self: Any, group: Any) -> None:
             groups.append(len(group))
@@ -10905,12 +10953,132 @@ class TestRun:
         rig.queue.enqueue_many([hold.task() for _ in range(20)])
         with rig.at_work(concurrency=20) as at_work:
             until(lambda: rig.queue.count_tasks(status="running") == 20)
+            monkeypatch.setattr(omniq_sqlite._Shift, "_settle_ended", noted)
             monkeypatch.setattr(omniq_sqlite._Database, "_finish", counted)
             with write_lock(rig.path):
                 free.set()
-                all_in_line(backend_of(at_work.worker).queue, 20)
+                until(lambda: sum(settled) == 20)
+                all_in_line(backend_of(at_work.worker).queue, len(settled))
             until(lambda: rig.queue.count_tasks() == 0)
-        assert groups == [20, 1]  # the outcomes, and at the end that it stops
+        # What ended together was one write, and all of it one commit; the other one
+        # says at the end that it stops.
+        assert groups == [len(settled), 1]
+
+    def end_together(self, rig: Rig, *functions: Any) -> list[str]:
+        """Have async functions end in one turn of the loop; return the task ids."""
+        free: list[asyncio.Event] = []
+        began: list[object] = []
+
+        def held(function: Any) -> Any:
+            async def hold() -> Any:
+                if not free:
+                    free.append(asyncio.Event())
+                began.append(hold)
+                if len(began) == len(functions):
+                    free[0].set()
+                await free[0].wait()
+                return function()
+
+            return hold
+
+        names = [f"held-{number}" for number in range(len(functions))]
+        for name, function in zip(names, functions, strict=True):
+            rig.tasks.register(held(function), name=name)
+        ids = rig.enqueue(*(Task(name, max_attempts=1) for name in names))
+        assert rig.run(concurrency=len(functions)) == 0
+        return ids
+
+    def test_what_ends_together_is_one_write(self, rig: Rig, monkeypatch: Any) -> None:
+        calls: list[int] = []
+        complete_many = AsyncSQLiteBackend.complete_many
+
+        async def counted(self: Any, values: Any) -> None:
+            calls.append(len(values))
+            await complete_many(self, values)
+
+        monkeypatch.setattr(AsyncSQLiteBackend, "complete_many", counted)
+        ids = self.end_together(rig, *(partial(int, n) for n in range(5)))
+        assert calls == [5]
+        assert [rig.value(task_id) for task_id in ids] == [0, 1, 2, 3, 4]
+
+    def test_a_value_that_cannot_be_stored_fails_its_task_alone(self, rig: Rig) -> None:
+        ids = self.end_together(rig, lambda: "a", object, lambda: "c")
+        values = [rig.value(task_id) for task_id in ids]
+        assert (values[0], values[2]) == ("a", "c")
+        assert "object" in values[1]
+        assert rig.get(ids[1]).status is TaskStatus.FAILED
+
+    def test_an_error_among_values_is_its_own(self, rig: Rig) -> None:
+        ids = self.end_together(rig, lambda: "a", divide, lambda: "c")
+        assert [rig.value(task_id) for task_id in ids] == ["a", "by nought", "c"]
+
+    def test_a_lost_lease_among_values_drops_its_outcome_alone(
+        self, rig: Rig, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        def cancel_one() -> str:
+            [task] = rig.queue.list_tasks(func="held-1")
+            return str(rig.queue.cancel(task.id))
+
+        ids = self.end_together(rig, lambda: "a", lambda: "b", cancel_one)
+        assert (rig.value(ids[0]), rig.value(ids[2])) == ("a", "True")
+        assert rig.get(ids[1]).status is TaskStatus.CANCELLED
+        assert rig.backend.results.get(ids[1]) is None
+        [record] = [r for r in caplog.records if "its outcome is dropped" in r.msg]
+        assert ids[1] in record.getMessage()
+
+    def test_a_busy_file_does_not_end_what_ended_together(
+        self, rig: Rig, monkeypatch: Any
+    ) -> None:
+        async def busy(self: Any, values: Any) -> None:
+            raise DatabaseBusyError(self.path, 0.0)
+
+        monkeypatch.setattr(AsyncSQLiteBackend, "complete_many", busy)
+        ids = self.end_together(rig, lambda: "a", lambda: "b")
+        assert [rig.value(task_id) for task_id in ids] == ["a", "b"]
+
+    def test_quick_functions_share_a_thread_and_slow_ones_have_their_own(
+        self, rig: Rig
+    ) -> None:
+        began: dict[str, str] = {}
+        all_began = threading.Barrier(6)
+
+        @rig.tasks.register
+        def quick(name: str) -> None:
+            began[name] = threading.current_thread().name
+
+        @rig.tasks.register
+        def slow(name: str) -> None:
+            quick.function(name)
+            all_began.wait(DEADLINE)
+
+        rig.enqueue(*(quick.task(f"quick {n}") for n in range(6)))
+        assert rig.run(concurrency=6) == 0
+        quick_ones = set(began.values())
+        rig.enqueue(*(slow.task(f"slow {n}") for n in range(6)))
+        assert rig.run(concurrency=6) == 0
+        assert len(quick_ones) < 6
+        assert len({began[f"slow {n}"] for n in range(6)}) == 6
+
+    def test_an_outcome_does_not_wait_for_the_function_behind_it(
+        self, rig: Rig
+    ) -> None:
+        free = threading.Event()
+
+        @rig.tasks.register
+        def quick() -> str:
+            return "done"
+
+        @rig.tasks.register
+        def slow() -> bool:
+            return free.wait(DEADLINE)
+
+        ids = rig.enqueue(*(f.task() for f in (quick, slow) * 4))
+        with rig.at_work(concurrency=8):
+            until(lambda: len(rig.backend.results.list_results()) == 4)
+            assert rig.queue.count_tasks(status="running") == 4
+            free.set()
+            until(lambda: rig.queue.count_tasks() == 0)
+        assert [rig.value(task_id) for task_id in ids] == ["done", True] * 4
 
     def test_a_free_slot_is_used_while_others_are_busy(self, rig: Rig) -> None:
         free = threading.Event()
