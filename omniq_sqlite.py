@@ -520,6 +520,10 @@ def _show(value: object) -> str:
         return f"a {type(value).__name__} without a repr ({type(error).__name__})"
 
 
+def _counted(count: int, noun: str) -> str:
+    return f"{count:,} {noun}{'s' * (count != 1)}"
+
+
 def _shorten(text: str, maximum: int) -> str:
     return text if len(text) <= maximum else text[: maximum - 1] + "…"
 
@@ -6859,18 +6863,21 @@ class AsyncSQLiteBackend(_AsyncStorage):
             findings += await gateway.read(partial(_check_file, gateway.database))
             # In the calling thread, which its own connections answer to.
             if (count := _count_unguarded(gateway.database.path)) > 0:
-                text = f"{count} connections of this process checkpoint outside the"
-                text += " guard; execute PRAGMA wal_autocheckpoint=0 on each of them"
+                text = f"{_counted(count, 'connection')} of this process may checkpoint"
+                text += " outside the guard; execute PRAGMA wal_autocheckpoint=0 there"
                 findings.append(Finding("checkpoints", "warning", text))
         if isinstance(self._queue, AsyncSQLiteQueue):
             rows = await self._queue._rows(SELECT_OVERDUE, before=self._clock())
             findings += [
-                Finding("leases", "warning", f"{n} leases in queue {queue!r} are over")
+                Finding(
+                    "leases", "warning", f"{_counted(n, 'lease')} over in {queue!r}"
+                )
                 for queue, n in rows
             ]
         for worker in await self._queue.list_workers():
             if (reason := _why_gone(worker, self._now())) is not None:
-                text = f"worker {worker.name!r} {reason}, with {worker.running} tasks"
+                text = f"worker {worker.name!r} {reason}, with"
+                text += f" {_counted(worker.running, 'task')}"
                 findings.append(Finding("workers", "warning", text))
         return findings
 
@@ -10084,7 +10091,7 @@ def _change_tasks(
         raise _CommandError("name tasks by id or by a filter, or say --all")
     with _open(options, "queue") as backend:
         if options.dry_run:
-            verb, done = _keep, f"would be {done}"
+            verb, done = _tried(verb), f"would be {done}"
         changed = list(_change_matching(backend, chosen, verb))
         refused = set(options.ids).difference(row[1] for row in changed)
         for task_id in sorted(refused):
@@ -10096,13 +10103,26 @@ def _change_tasks(
         return 1 if refused else _nothing_found("such tasks", options)
     counts = collections.Counter(row[2] for row in changed)
     kinds = ", ".join(f"{counts[s]:,} {s}" for s in TaskStatus if counts[s])
-    print(f"{done}: {len(changed):,} task{'s' * (len(changed) > 1)} ({kinds} before)")
+    print(f"{done}: {_counted(len(changed), 'task')} ({kinds} before)")
     return 1 if refused else 0
 
 
-def _keep(*_: object) -> bool:
-    """Change nothing, for --dry-run."""
-    return True
+class _Undone(Exception):
+    """Raised to take back what was tried."""
+
+
+def _tried(verb: _Verb) -> _Verb:
+    """Return what tells whether a task would be changed, and changes nothing."""
+
+    def attempt(change: _Change, task_id: str) -> bool:
+        changed, noted = False, len(change.notes)
+        with contextlib.suppress(_Undone), change.all_or_nothing():
+            changed = verb(change, task_id)
+            raise _Undone
+        del change.notes[noted:]
+        return changed
+
+    return attempt
 
 
 def _change_matching(

@@ -14167,6 +14167,22 @@ class TestChanging:
         assert total.startswith("would be ")
         assert status_by_id(jobs) == before
 
+    def test_a_dry_run_leaves_out_what_another_task_keeps_from_it(
+        self, path: str, cli: Cli
+    ) -> None:
+        with SQLiteBackend(path, events=True) as backend:
+            backend.enqueue(Task("f", id="first", unique_key="k", max_attempts=1))
+            task = backend.queue.dequeue()
+            assert task is not None
+            backend.fail(task, ValueError("no"))
+            backend.enqueue(Task("f", id="second", unique_key="k"))
+            events = backend.events.count()
+            for dry in (["--dry-run"], []):
+                status, output, _ = cli("retry", path, "--all", *dry)
+                assert (status, output) == (1, "")
+            assert cli("cancel", path, "--all", "--dry-run")[0] == 0
+            assert backend.events.count() == events
+
     @pytest.mark.parametrize("command", ["cancel", "retry", "purge"])
     def test_without_any_filter_all_must_be_said(
         self, jobs: str, cli: Cli, command: str
@@ -14429,7 +14445,7 @@ class TestReport:
         assert "|later|" in found["running"]
         assert "over 0:00:" in found["running"]
         assert "paused" in found["queues"]
-        assert "1 leases in queue 'default' are over" in found["health"]
+        assert "1 lease over in 'default'" in found["health"]
 
     def test_failures_are_grouped_by_error_with_one_traceback_each(
         self, db: Path, cli: Cli
