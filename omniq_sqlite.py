@@ -7746,7 +7746,7 @@ class _Threads:
         with self._ready:
             self._busy += 1
             self._jobs.append(run)
-            all_idle = self._idle == self._count
+            all_idle = self._idle >= self._count
             if all_idle or time.monotonic() - self._taken_at > _QUICK_CALL:
                 self._wake()
             elif not self._spreading:
@@ -7768,13 +7768,14 @@ class _Threads:
             self._idle -= 1
             self._ready.notify()
         elif self._count < self._busy:  # else one will look before it is idle
-            self._count += 1
-            name = f"{self._name}-{self._count}"
+            name = f"{self._name}-{self._count + 1}"
             threading.Thread(target=self._serve, name=name, daemon=True).start()
+            self._count += 1
 
     def close(self) -> None:
         with self._ready:
             self._closed = True
+            self._jobs.clear()  # what has not begun is left to its lease
             self._ready.notify_all()
 
     def _next(self) -> _Run | None:

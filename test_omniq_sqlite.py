@@ -14176,6 +14176,7 @@ class TestChanging:
             assert task is not None
             backend.fail(task, ValueError("no"))
             backend.enqueue(Task("f", id="second", unique_key="k"))
+            assert backend.events is not None
             events = backend.events.count()
             for dry in (["--dry-run"], []):
                 status, output, _ = cli("retry", path, "--all", *dry)
