@@ -335,7 +335,7 @@ class Bench:
                 self.root,
                 self.size,
                 self.steps,
-                4,
+                ("--processes", "4"),
                 timeout=CALL_TIMEOUT,
             )
             return sample

@@ -21,7 +21,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Coroutine, Generator, Iterator
+from collections.abc import Callable, Coroutine, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import partial
@@ -60,8 +60,8 @@ class Size:
     bulk: int = 1_000  # tasks in one call
     concurrent: int = 1_000
     crowd: int = 8  # processes
-    crowd_window: float = 1.5  # seconds of several processes
-    crowd_present: int = 10_000
+    crowd_window: float = 3.0  # seconds of several processes
+    crowd_present: int = 24_000
     wakes: int = 40
     queues: int = 500
     large: int = 1_000_000  # rows of the large files
@@ -641,13 +641,13 @@ def wait_idly(name: str, root: Path, size: Size) -> Sample:
 
 
 @contextlib.contextmanager
-def running_worker(name: str, folder: Path, processes: int = 1) -> Iterator[int]:
+def running_worker(name: str, folder: Path, *options: str) -> Iterator[int]:
     """Start the worker of that name; yield its process id; end all of it."""
     if name not in workers.WORKERS:
         raise CannotError("no worker")
     command = [sys.executable, str(Path(workers.__file__)), name, str(folder)]
     child = subprocess.Popen(
-        [*command, "--processes", str(processes)],
+        [*command, *options],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         start_new_session=True,
@@ -679,7 +679,7 @@ def watch_drain(peer: Peer, window: float) -> float:
 
 
 def drain_with_worker(
-    name: str, root: Path, size: Size, steps: int = 0, processes: int = 1
+    name: str, root: Path, size: Size, steps: int = 0, options: Sequence[str] = ()
 ) -> Sample:
     """Let a worker drain a queue, and watch from another process."""
     level = "NORMAL" if name == peers.FlexiQ.name else "FULL"
@@ -689,7 +689,7 @@ def drain_with_worker(
             fill(name, folder, [f"#{steps}"] * count)
         with (
             opened(name, folder, level) as peer,
-            running_worker(name, folder, processes),
+            running_worker(name, folder, *options),
         ):
             rate = watch_drain(peer, size.crowd_window)
     return {"value": rate, "synchronous": level}
@@ -1070,6 +1070,16 @@ ROWS: tuple[Row, ...] = (
         (Check(8_000.0), Check(5.0, "worker peers")),
         drain_with_worker,
         kind="station",
+    ),
+    Row(
+        "worker-100",
+        "the same with concurrency=100 (the others as they start)",
+        "tasks/s",
+        WORKERS,
+        (Check(8_000.0), Check(5.0, "worker peers")),
+        drain_with_worker,
+        kind="station",
+        arguments=(0, ("--concurrency", "100")),
     ),
     Row(
         "worker-cpu",
