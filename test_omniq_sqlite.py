@@ -16492,6 +16492,6 @@ class TestBenchmarks:
         )
         assert outcome.returncode == 0, outcome.stdout + outcome.stderr
         rows = json.loads((tmp_path / "results.json").read_text())["rows"]
-        assert len(rows) == 28
+        assert len(rows) == 29
         for row in rows:
             assert any("omniq" in name or " " in name for name in row["columns"]), row
