@@ -2227,8 +2227,15 @@ def _load(serializer: Serializer, where: str, text: str) -> Any:
         raise SerializationError(where, detail) from error
 
 
+def _load_as(kind: Any, serializer: Serializer, where: str, text: str) -> Any:
+    value = _load(serializer, where, text)
+    if not isinstance(value, kind):
+        raise SerializationError(where, f"the stored text is no {kind.__name__}")
+    return value
+
+
 def _load_mapping(serializer: Serializer, where: str, text: str) -> Any:
-    return {} if text == "{}" else _load(serializer, where, text)
+    return {} if text == "{}" else _load_as(Mapping, serializer, where, text)
 
 
 def _to_unix(instant: datetime | None) -> float | None:
@@ -2288,40 +2295,59 @@ def _task_parameters(
     }
 
 
+# In the order of the columns of `CLAIM` and the selects, but for the last one.
+_SET_FIELDS: list[Callable[[Task, Any], None]] = [
+    Task.__dict__[name].__set__
+    for name in (
+        "id queue func args kwargs metadata status priority attempt claims"
+        " max_attempts retry_delay timeout unique_key created_at run_at expires_at"
+        " lease_id lease_until worker started_at finished_at error progress"
+    ).split()
+]
+
+
 def _task_of(row: Row, serializer: Serializer) -> Task:
-    """Build a `Task` from the columns of `CLAIM` and the selects."""
+    """Build a `Task` from the columns of `CLAIM` and the selects.
+
+    Its fields are set as they are: they were checked when the task went in, and the
+    table's constraints hold them. To check them again took 6 of 10 µs.
+    """
     (
         task_id, queue, func, args, kwargs, metadata, status, priority, attempt,
         claims, max_attempts, retry_delay, timeout, unique_key, created_at, run_at,
         expires_at, lease_id, lease_until, worker, started_at, finished_at, error,
         progress, _,
     ) = row  # fmt: skip
-    return Task(
+    values = (
+        task_id,
+        queue,
         func,
-        () if args == "[]" else tuple(_load(serializer, "args", args)),
+        () if args == "[]" else tuple(_load_as(list, serializer, "args", args)),
         _load_mapping(serializer, "kwargs", kwargs),
-        queue=queue,
-        priority=priority,
-        run_at=_from_unix(run_at),
-        expires_at=_from_unix(expires_at),
-        max_attempts=max_attempts,
-        retry_delay=float(retry_delay),  # RETURNING hands out 1.0 as 1
-        timeout=timeout and float(timeout),
-        unique_key=unique_key,
-        metadata=_load_mapping(serializer, "metadata", metadata),
-        id=task_id,
-        status=_TASK_STATUSES[status],
-        attempt=attempt,
-        created_at=_from_unix(created_at),
-        started_at=_from_unix(started_at),
-        finished_at=_from_unix(finished_at),
-        lease_until=_from_unix(lease_until),
-        lease_id=lease_id,
-        worker=worker,
-        error=error,
-        progress=progress and _load(serializer, "progress", progress),
-        claims=claims,
+        _load_mapping(serializer, "metadata", metadata),
+        _TASK_STATUSES[status],
+        priority,
+        attempt,
+        claims,
+        max_attempts,
+        float(retry_delay),  # RETURNING hands out 1.0 as 1
+        timeout and float(timeout),
+        unique_key,
+        _from_unix(created_at),
+        _from_unix(run_at),
+        _from_unix(expires_at),
+        lease_id,
+        _from_unix(lease_until),
+        worker,
+        _from_unix(started_at),
+        _from_unix(finished_at),
+        error,
+        progress and _load(serializer, "progress", progress),
     )
+    task = object.__new__(Task)
+    for set_field, value in zip(_SET_FIELDS, values, strict=True):
+        set_field(task, value)
+    return task
 
 
 # =============================================================================

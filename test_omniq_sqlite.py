@@ -15547,6 +15547,14 @@ class TestTorture:
 POISON = {
     "malformed JSON": "UPDATE omniq_task SET args = '[', metadata = '{'",
     "JSON of another kind": "UPDATE omniq_task SET kwargs = '3'",
+    "arguments of another kind": """UPDATE omniq_task SET args = '{"a": 1}'""",
+    "metadata of another kind": "UPDATE omniq_task SET metadata = '[]'",
+    "numbers out of range": """
+        UPDATE omniq_task SET retry_delay = 1e300, timeout = -1, run_at = -1e300,
+            max_attempts = 9223372036854775807, priority = 9223372036854775807
+    """,
+    "infinite numbers": "UPDATE omniq_task SET retry_delay = 9e999, timeout = 9e999",
+    "empty names": "UPDATE omniq_task SET func = '', queue = '', unique_key = ''",
     "nested too deep": (
         "UPDATE omniq_task SET args = replace(hex(zeroblob(9999)), '0', '[')"
     ),
