@@ -4105,7 +4105,7 @@ class _AsyncGateway:
         """Queue an operation and see that it is served.
 
         Nothing is awaited here: a caller that is cancelled before its operation is
-        queued has asked for nothing, and afterwards it is the delivery's turn.
+        queued has asked for nothing; what becomes of a later one, `_Arrival` knows.
         """
         operation.wake = self._lead
         with self.database.gate:  # not while a fork is under way
@@ -7386,7 +7386,7 @@ def _twin_of(cls: Any, storage: Any, given: Any) -> Any:
 #   it is written or the lease is lost: a busy or broken database slows a worker
 #   down, it never ends it.
 # - `_Threads` call plain functions. They are daemons, because a function that
-#   never returns must not keep the process from ending.
+#   never returns must not keep the process from ending. Quick ones share a thread.
 # - `_Heartbeat` is a thread with an event loop and database connections of its
 #   own. It extends leases, writes progress and keeps time, so that a function
 #   that blocks the worker's loop loses no lease.
@@ -7395,7 +7395,8 @@ def _twin_of(cls: Any, storage: Any, given: Any) -> Any:
 #   and settles them. A slot is free as soon as its function ends, so the next
 #   claim travels in the same commit as the outcomes of the last ones: for no-op
 #   tasks that is one flush for each batch. Whatever ends while a commit is under
-#   way joins the next batch; nothing waits for a batch to fill.
+#   way joins the next batch, and values that end in one turn of the loop are one
+#   write; nothing waits for a batch to fill.
 # - `_Crew` runs shifts in child processes and replaces those that end, or that
 #   do not answer for a whole lease.
 # - `AsyncWorker` is what the user holds; it has one of the last two while it
