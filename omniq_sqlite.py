@@ -6679,13 +6679,9 @@ class AsyncSQLiteBackend(_AsyncStorage):
         rows = self._rows_to_store(results)
         lost = await self._store_elsewhere([task for task, _ in pairs], results)
         tasks = [task for task, _ in pairs if task.id not in lost]
-        if ours is None:
-            await queue.complete_many(tasks)
-            if followers:
-                await queue.enqueue_many(followers)
-            return
 
         def run(change: _Change) -> list[str]:
+            assert ours is not None
             gone = ours._complete_all(change, tasks)
             if len(gone) == len(tasks):
                 raise LeaseLostError(gone)
@@ -6693,9 +6689,17 @@ class AsyncSQLiteBackend(_AsyncStorage):
             _insert_many(change, new_rows)
             return gone
 
-        lost += await ours._write(run, savepoint=bool(new_rows))
+        try:
+            if ours is not None:
+                lost += await ours._write(run, savepoint=bool(new_rows))
+            else:
+                await queue.complete_many(tasks)
+        except LeaseLostError as error:
+            lost += error.task_ids
         if lost:
             raise LeaseLostError(lost)
+        if ours is None and followers:
+            await queue.enqueue_many(followers)
 
     def _rows_to_store(self, results: Iterable[TaskResult]) -> list[dict[str, Any]]:
         """Return the rows of results that are stored by the commit that ends a task."""

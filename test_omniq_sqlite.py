@@ -10444,6 +10444,16 @@ class MemoryResults:
         pass
 
 
+class Forwarding:
+    """Another engine's queue; in truth one of ours, in disguise."""
+
+    def __init__(self, queue: Any) -> None:
+        self._queue = queue
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._queue, name)
+
+
 class TestForeignParts:
     async def test_the_results_may_be_another_engines(self, api: Api) -> None:
         results = MemoryResults()
@@ -10455,6 +10465,25 @@ class TestForeignParts:
         assert await call(backend.status, task_id) == "completed"
         await call(backend.cleanup)
         assert isinstance(await call(backend.check), list)
+
+    async def test_the_queue_may_be_another_engines(self, tmp_path: Path) -> None:
+        async with (
+            AsyncSQLiteQueue(tmp_path / "q.db") as queue,
+            AsyncSQLiteBackend(tmp_path / "r.db", queue=Forwarding(queue)) as backend,
+        ):
+            await backend.enqueue_many([Task("f", (n,)) for n in range(4)])
+            tasks = await queue.dequeue_many(4)
+            await backend.complete(tasks[0], 0, enqueue=[Task("g")])
+            await queue.cancel(tasks[2].id)
+            with pytest.raises(LeaseLostError) as caught:
+                await backend.complete_many([(t, t.args[0]) for t in tasks[1:]])
+            assert caught.value.task_ids == [tasks[2].id]
+            with pytest.raises(LeaseLostError):
+                await backend.complete(tasks[2], 2, enqueue=[Task("h")])
+            assert backend.results is not None
+            stored = await backend.results.list_results()
+            assert sorted(result.value for result in stored) == [0, 1, 3]
+            assert await claim_names(queue) == ["g"]
 
     async def test_a_result_of_theirs_comes_while_one_waits(self, api: Api) -> None:
         results = MemoryResults()
