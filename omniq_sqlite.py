@@ -7387,7 +7387,7 @@ def _twin_of(cls: Any, storage: Any, given: Any) -> Any:
 # names, and writes how they ended. It uses the interfaces only.
 #
 # - `_Run` is one claimed task on its way to one `_Outcome`. That is written until
-#   it is written or the lease is lost: a busy or broken database slows a worker
+#   it is written or the lease is lost: a busy or full database slows a worker
 #   down, it never ends it.
 # - `_Threads` call plain functions. They are daemons, because a function that
 #   never returns must not keep the process from ending. Quick ones share a thread.
@@ -8009,8 +8009,8 @@ def _longer(pause: float) -> float:
     return min(max(0.05, pause * 2), _LONGEST_PAUSE) * random.uniform(0.8, 1.2)
 
 
-_UNUSABLE = (StorageClosedError, DatabaseReplacedError)
-"""What no waiting mends: the object has to be made anew."""
+_UNUSABLE = (StorageClosedError, DatabaseReplacedError, CorruptDatabaseError)
+"""What no waiting mends: the object has to be made anew, or the file restored."""
 
 
 async def _insist(
@@ -8068,6 +8068,7 @@ class _Shift:
         self._complete_many = getattr(worker.backend, "complete_many", None)
         self._claimer: asyncio.Task[None] | None = None
         self._stopped_at = math.inf
+        self._failure: Exception | None = None  # an outcome could not be written
         self._stuck = False
 
     async def run(self) -> int:
@@ -8101,6 +8102,8 @@ class _Shift:
             await self._sign_off()
         if not self._claimer.cancelled():
             self._claimer.result()
+        if self._failure is not None:
+            raise self._failure
 
     # Stopping; the first three are for any thread.
 
@@ -8421,6 +8424,8 @@ class _Shift:
             self.warn(run, "has lost its lease; its outcome is dropped")
         except _UNUSABLE as error:
             self.warn(run, "is left to its lease: %s", error)
+            self._failure = error
+            self._claim_no_more()
         finally:
             self._forget(run)
 

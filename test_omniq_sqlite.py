@@ -12717,6 +12717,17 @@ class TestTrouble:
         assert len(seen) == 1
         assert other.queue.count("complete") == 2
 
+    @pytest.mark.parametrize("name", ["dequeue_many", "complete"])
+    def test_a_damaged_file_ends_the_worker(self, other: Rig, name: str) -> None:
+        damaged = CorruptDatabaseError("jobs.db", "malformed")
+        other.queue.faults += [(name, damaged)]
+        plain = other.tasks.register(thumbnail)
+        [task_id, _] = other.enqueue(plain.task("a"), plain.task("b"))
+        with pytest.raises(CorruptDatabaseError):
+            other.run(concurrency=1)
+        still = "running" if name == "complete" else "pending"
+        assert other.get(task_id).status == still
+
     def test_a_serializer_that_raises_anything_fails_the_task(self, other: Rig) -> None:
         other.queue.faults += [("complete", TypeError("not JSON serializable"))]
         [task_id] = other.enqueue(other.tasks.register(thumbnail).task("a"))
