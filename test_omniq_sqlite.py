@@ -4475,15 +4475,17 @@ class TestThrownExceptions:
             queue = SQLiteQueue(path, synchronous="OFF")
             queue.enqueue(Task("f", queue="kept"))
             stop, counts, errors = threading.Event(), [0] * 4, []
-            thrown, caught = [0] * 4, [0] * 4
+            thrown, caught, ready = [0] * 4, [0] * 4, [False] * 4
             def hammer(number):
                 while not stop.is_set():
                     try:
+                        ready[number] = True  # from here on one is caught
                         while not stop.is_set():
                             queue.enqueue(Task("f"))
                             counts[number] += 1
                             sum(range(20_000))  # where one may be hit
                     except Thrown:
+                        ready[number] = False
                         caught[number] += 1
                     except BaseException as error:
                         errors.append(error)
@@ -4496,7 +4498,7 @@ class TestThrownExceptions:
             while sum(thrown) < 300 and time.monotonic() < limit:
                 time.sleep(random.uniform(0.0, 0.002))
                 number = random.randrange(4)
-                if caught[number] == thrown[number]:  # one at a time
+                if ready[number] and caught[number] == thrown[number]:  # one at a time
                     ident = threads[number].ident
                     thrown[number] += omniq_sqlite._throw(ident, Thrown)
             goals = [count + 2 for count in counts]
