@@ -12723,10 +12723,9 @@ class TestTrouble:
     def test_a_damaged_file_ends_the_worker(self, other: Rig, name: str) -> None:
         damaged = CorruptDatabaseError("jobs.db", "malformed")
         other.queue.faults += [(name, damaged)]
-        plain = other.tasks.register(thumbnail)
-        [task_id, _] = other.enqueue(plain.task("a"), plain.task("b"))
+        [task_id] = other.enqueue(other.tasks.register(thumbnail).task("a"))
         with pytest.raises(CorruptDatabaseError):
-            other.run(concurrency=1)
+            other.run()
         still = "running" if name == "complete" else "pending"
         assert other.get(task_id).status == still
 
