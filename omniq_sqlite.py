@@ -3720,13 +3720,21 @@ _undo: dict[int, Callable[[], None]] = {}
 """By thread: how to give back what the call under way has claimed."""
 
 
+try:  # without the enums of `signal`, which cost more than all else that is done here
+    _signal: Any = importlib.import_module("_signal")
+except ImportError:
+    _signal = signal
+
 _interrupts: _Interrupts | None = None
 """What records SIGINT now. As an attribute of the class it cost 4 µs: to set one
 makes the interpreter forget what it has learned about the class."""
 
 
 class _Interrupts:
-    """Records SIGINT in the main thread, from construction to `restore()`."""
+    """Records SIGINT in the main thread, from construction to `restore()`.
+
+    The handler of another signal may raise while this one's is changed.
+    """
 
     def __init__(self) -> None:
         global _interrupts  # noqa: PLW0603 -- one main thread
@@ -3736,11 +3744,15 @@ class _Interrupts:
         self.outer = _interrupts
         self.previous: Any = None
         if self.thread == threading.main_thread().ident:
-            handler = signal.getsignal(signal.SIGINT)
+            handler = _signal.getsignal(signal.SIGINT)
             if callable(handler):
-                _interrupts = self
+                try:
+                    _signal.signal(signal.SIGINT, self._record)
+                except BaseException:
+                    _signal.signal(signal.SIGINT, handler)
+                    raise
                 self.previous = handler
-                signal.signal(signal.SIGINT, self._record)
+                _interrupts = self
 
     def _record(self, _number: int, _frame: object) -> None:
         self.pending = True
@@ -3760,7 +3772,11 @@ class _Interrupts:
         global _interrupts  # noqa: PLW0603 -- as above
         if self.previous is not None:
             _interrupts = self.outer
-            signal.signal(signal.SIGINT, self.previous)
+            try:
+                _signal.signal(signal.SIGINT, self.previous)
+            except BaseException:
+                _signal.signal(signal.SIGINT, self.previous)
+                raise
             self.check()
 
 
@@ -3806,13 +3822,20 @@ def _shielded(call: Callable[[], T], *, deaf: bool = False) -> T:
             _undo.pop(ident, _nothing)()
             raise
         finally:
-            undo = _undo.pop(ident, None)
-            _operating.discard(ident)
-            interrupts.restore()
+            try:
+                undo = _undo.pop(ident, None)
+                _operating.discard(ident)
+            finally:
+                interrupts.restore()
         return value
     except BaseException:
-        if undo is not None:
-            _shielded(undo, deaf=True)
+        try:
+            if undo is not None:
+                _shielded(undo, deaf=True)
+        except BaseException:  # the next Ctrl-C, maybe before there was a shield
+            if undo is not None:
+                _shielded(undo, deaf=True)
+            raise
         raise
 
 

@@ -4290,7 +4290,9 @@ class TestInterrupts:
                     try:
                         if task is None:
                             task = queue.dequeue()
-                            if task is None and not queue.count_tasks(queue="default"):
+                            if task is None:
+                                left = queue.count_tasks(queue="default")
+                                assert left == 0, "a claim was stranded"
                                 if interrupts > 100 and min(counts) > 10:
                                     return
                                 queue.enqueue_many([Task("f") for _ in range(50)])
@@ -4437,6 +4439,62 @@ class TestInterrupts:
                 raise AssertionError
             assert rows("SELECT status FROM omniq_task") == ["pending"]
             """)
+
+    def test_a_second_signal_before_the_giving_back_does_not_stop_it(
+        self, path: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Both come at the end of a call, when none is recorded any more."""
+        moments: list[str] = []
+        set_in_truth, shielded = omniq_sqlite._signal.signal, omniq_sqlite._shielded
+
+        def set_handler(number: int, handler: Any) -> None:
+            set_in_truth(number, handler)
+            if handler is signal.default_int_handler and not moments:
+                moments.append("restored")
+                raise KeyboardInterrupt
+
+        def give_back(call: Callable[[], Any], *, deaf: bool = False) -> Any:
+            if deaf and len(moments) == 1:
+                moments.append("about to give back")
+                raise KeyboardInterrupt
+            return shielded(call, deaf=deaf)
+
+        with SQLiteQueue(path) as queue:
+            queue.enqueue(Task("f"))
+            with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+                patch.setattr(omniq_sqlite._signal, "signal", set_handler)
+                patch.setattr(omniq_sqlite, "_shielded", give_back)
+                queue.dequeue()
+            assert moments == ["restored", "about to give back"]
+            [task] = queue.list_tasks()
+            assert (task.status, task.attempt) == ("pending", 0)
+
+    @pytest.mark.parametrize("call", [1, 2])
+    @pytest.mark.parametrize("before", [True, False])
+    def test_the_handler_of_another_signal_leaves_no_deaf_program(
+        self, path: str, monkeypatch: pytest.MonkeyPatch, call: int, *, before: bool
+    ) -> None:
+        """It raises when that of SIGINT is about to be changed, or just was."""
+        calls: list[int] = []
+        set_in_truth = omniq_sqlite._signal.signal
+
+        def set_handler(number: int, handler: Any) -> None:
+            calls.append(number)
+            if before and len(calls) == call:
+                raise TimeoutError
+            set_in_truth(number, handler)
+            if len(calls) == call:
+                raise TimeoutError
+
+        with SQLiteQueue(path) as queue:
+            with monkeypatch.context() as patch, pytest.raises(TimeoutError):
+                patch.setattr(omniq_sqlite._signal, "signal", set_handler)
+                queue.enqueue(Task("f"))
+            assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+            assert omniq_sqlite._interrupts is None
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGINT)
+            assert queue.count_tasks() == call - 1
 
     def test_a_call_inside_a_call_is_refused(self, run_here: RunHere) -> None:
         run_here("""
