@@ -1432,12 +1432,7 @@ class TestCosts:
             assert spied == ["BEGIN IMMEDIATE", "extend", "COMMIT"]
             spied.clear()
             queue.complete(task)
-            assert spied == [
-                "PRAGMA synchronous = FULL",
-                "BEGIN IMMEDIATE",
-                "complete",
-                "COMMIT",
-            ]
+            assert spied == ["BEGIN IMMEDIATE", "complete", "COMMIT"]
 
     def test_an_idle_look_opens_no_transaction(
         self, path: str, spied: list[str]
@@ -2591,23 +2586,30 @@ class TestSettings:
 
 
 class TestFlushes:
-    """What must outlive a power cut is committed at FULL, the rest at NORMAL."""
+    """What must outlive a power cut is flushed before anybody is told."""
+
+    @pytest.fixture
+    def log(self, spied: list[str], monkeypatch: pytest.MonkeyPatch) -> list[str]:
+        """Every statement, and the flushes among them."""
+        flush = omniq_sqlite._Wal.flush
+
+        def spy(wal: omniq_sqlite._Wal) -> None:
+            flush(wal)
+            spied.append("FLUSH")
+
+        monkeypatch.setattr(omniq_sqlite._Wal, "flush", spy)
+        return spied
 
     @staticmethod
-    def settings_at_commit(log: list[str]) -> list[str]:
-        """Return the setting of `synchronous` at each commit."""
-        found, current = [], "?"
-        for line in log:
-            if line.startswith("PRAGMA synchronous = "):
-                current = line.rpartition(" ")[2]
-            elif line == "COMMIT":
-                found.append(current)
-        return found
+    def ends(log: list[str]) -> list[str]:
+        """Return how each transaction ended: with a commit or with a flush of it."""
+        commits = "\n".join(log).split("COMMIT")[1:]
+        return ["FLUSH" if "FLUSH" in rest else "COMMIT" for rest in commits]
 
     def run(self, path: str, log: list[str], synchronous: str) -> list[str]:
         with SQLiteQueue(path, synchronous=synchronous) as queue:
+            queue.count_tasks()
             log.clear()
-            database_of(queue).synchronous = (None, "")  # the setting is seen again
             queue.enqueue_many([Task("f"), Task("f"), Task("once", max_attempts=1)])
             first = queue.dequeue()
             second = queue.dequeue()
@@ -2621,46 +2623,102 @@ class TestFlushes:
             queue.fail(second, "e", retry=False)
             assert queue.dequeue() is not None  # its last attempt
             queue.cancel_all()
-            return self.settings_at_commit(log)
+            return self.ends(log)
 
+    @pytest.mark.parametrize("synchronous", ["FULL", "EXTRA"])
     def test_a_claim_a_heartbeat_and_a_release_wait_for_no_disk(
-        self, path: str, spied: list[str]
+        self, path: str, log: list[str], synchronous: str
     ) -> None:
-        assert self.run(path, spied, "FULL") == [
-            "FULL",  # enqueue_many
-            *["NORMAL"] * 5,  # two claims, extend, release, claim
-            *["FULL"] * 4,  # complete, fail, the claim of a last attempt, cancel_all
+        assert self.run(path, log, synchronous)[-10:] == [
+            "FLUSH",  # enqueue_many
+            *["COMMIT"] * 5,  # two claims, extend, release, claim
+            *["FLUSH"] * 4,  # complete, fail, the claim of a last attempt, cancel_all
         ]
 
     @pytest.mark.parametrize("synchronous", ["NORMAL", "OFF"])
-    def test_a_weaker_setting_holds_for_all(
-        self, path: str, spied: list[str], synchronous: str
+    def test_a_weaker_setting_flushes_nothing(
+        self, path: str, log: list[str], synchronous: str
     ) -> None:
-        assert self.run(path, spied, synchronous) == [synchronous] * 10
-
-    def test_a_stronger_setting_holds_for_what_is_flushed(
-        self, path: str, spied: list[str]
-    ) -> None:
-        found = self.run(path, spied, "EXTRA")
-        assert found == ["EXTRA", *["NORMAL"] * 5, *["EXTRA"] * 4]
+        assert self.run(path, log, synchronous)[-10:] == ["COMMIT"] * 10
+        assert f"PRAGMA synchronous = {synchronous}" in log
 
     def test_a_group_with_one_durable_operation_is_flushed(
-        self, path: str, spied: list[str]
+        self, path: str, log: list[str]
     ) -> None:
         threads = Threads()
         with SQLiteQueue(path) as queue:
             queue.enqueue(Task("f"))
-            database = database_of(queue)
-            spied.clear()
+            log.clear()
             with write_lock(path):
                 threads.start(queue.dequeue)
-                until(lambda: len(database.pending) == 1)
+                until(lambda: is_pending(queue, 1))
                 threads.start(queue.enqueue, Task("g"))
                 all_in_line(queue, 2)
             threads.join()
-            assert self.settings_at_commit(["PRAGMA synchronous = FULL", *spied]) == [
-                "FULL"
-            ]
+            assert self.ends(log) == ["FLUSH"]
+
+    def test_what_is_found_done_already_is_flushed_too(
+        self, path: str, log: list[str]
+    ) -> None:
+        """Whoever did it may still wait for the disk."""
+        with SQLiteQueue(path) as queue:
+            queue.enqueue(Task("f", id="there"))
+            log.clear()
+            with pytest.raises(DuplicateTaskError):
+                queue.enqueue(Task("f", id="there"))
+            assert log[-2:] == ["ROLLBACK", "FLUSH"]
+
+    def test_nobody_is_told_of_what_the_disk_refused(
+        self, path: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def fail(_: omniq_sqlite._Wal) -> None:
+            raise OSError(5, "Input/output error")
+
+        with SQLiteQueue(path) as queue:
+            queue.enqueue(Task("f", id="before"))
+            with monkeypatch.context() as patch:
+                patch.setattr(omniq_sqlite._Wal, "flush", fail)
+                with pytest.raises(DatabaseAccessError, match="not outlive a power"):
+                    queue.enqueue(Task("f", id="unsure"))
+            queue.enqueue(Task("f", id="after"))
+            found = {task.id for task in queue.list_tasks()}
+            assert found == {"before", "unsure", "after"}
+
+    def test_the_write_lock_is_free_while_one_flushes(
+        self, path: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        flush = omniq_sqlite._Wal.flush
+        found: list[Any] = []
+
+        def spy(wal: omniq_sqlite._Wal) -> None:
+            with closing(sqlite3.connect(path, timeout=0.0)) as other:
+                other.execute("BEGIN IMMEDIATE")
+                found.extend(other.execute("SELECT id FROM omniq_task").fetchall())
+                other.rollback()
+            flush(wal)
+
+        with SQLiteQueue(path) as queue:
+            monkeypatch.setattr(omniq_sqlite._Wal, "flush", spy)
+            queue.enqueue(Task("f", id="first"))
+        assert found == [("first",)]
+
+    @pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="needs /proc")
+    def test_the_wal_is_closed_with_its_connection(self, path: str) -> None:
+        def opened() -> list[str]:
+            folder = Path("/proc/self/fd")
+            links = [os.readlink(f) for f in folder.iterdir() if f.is_symlink()]
+            return [link for link in links if link.startswith(path)]
+
+        with SQLiteQueue(path) as queue:
+            queue.enqueue(Task("f"))
+            before = len(opened())
+            pid = os.fork()
+            if pid == 0:
+                os._exit(len(opened()))
+            assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+            queue.enqueue(Task("f"))
+            assert len(opened()) <= before
+        assert opened() == []
 
     @pytest.mark.skipif(shutil.which("strace") is None, reason="needs strace")
     def test_the_system_calls_agree(self, tmp_path: Path) -> None:
@@ -2959,7 +3017,7 @@ class TestGroupCommit:
                 request.wake = lambda: None
                 database.enlist(request)
 
-            def raise_once(_: object) -> None:
+            def raise_once(*_: object) -> None:
                 monkeypatch.setattr(database, "_finish", real)
                 raise Raised
 
@@ -4427,7 +4485,7 @@ class TestInterrupts:
                 signal.raise_signal(signal.SIGINT)
                 original(operation)
             gateway.submit = submit
-            def must_flush(claim, result):
+            def must_flush(claim):
                 signal.raise_signal(signal.SIGINT)
                 return False
             omniq_sqlite._Claim.must_flush = must_flush
@@ -11031,9 +11089,9 @@ class TestRun:
             settled.append(len(self._ended))
             settle(self)
 
-        def counted(self: Any, group: Any) -> None:
+        def counted(self: Any, connection: Any, group: Any) -> None:
             groups.append(len(group))
-            finish(self, group)
+            finish(self, connection, group)
 
         @rig.tasks.register
         async def hold() -> None:
