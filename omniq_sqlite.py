@@ -2392,11 +2392,9 @@ def _task_of(row: Row, serializer: Serializer) -> Task:
 # Fairness. SQLite's busy handler sleeps up to 100 ms while whoever just
 # committed takes the lock again: of 8 busy processes one made 13,146 commits
 # and another made 1. So `timeout=0`, and a retry of our own with short random
-# sleeps, that get shorter the longer one has waited. Whoever commits quickly has
-# longer turns before another one takes the lock, and so waits the longer for the
-# next: all get the same share. Few attempts in long turns also cost the least: 16
-# processes together commit 0.8 times what one alone does, with short sleeps 0.6.
-# A lock file in front was rejected: a stopped holder would block everyone.
+# sleeps, that get shorter the longer one has waited. All get nearly the same
+# share, because nobody holds the lock while the disk works. A lock file in front
+# was rejected: a stopped holder would block everyone.
 #
 # Two forms, one engine. `_Database` holds the connections and commits groups.
 # `_DirectGateway` uses it from the calling threads: one of them leads, commits
@@ -2439,8 +2437,6 @@ def _task_of(row: Row, serializer: Serializer) -> Task:
 
 _MAX_GROUP = 1_024  # operations in one transaction
 _MAX_GROUP_SECONDS = 0.025  # after which other processes get a turn
-_LONG_TURN = 20  # commits in a row, from which on a turn counts as long
-_TURN_WEIGHT = 2.5  # how much longer one waits after it, for each of them
 _CHECKPOINT_COMMITS = 256  # own commits between two guarded checkpoints
 _CHECKPOINT_BYTES = 4 * 2**20  # growth of the WAL that brings one forward
 _LONG_WAL_FRAMES = 2_048  # in a WAL that is to be checkpointed again soon
@@ -2960,7 +2956,6 @@ class _Database:
         self.ended = False  # closed, and what was begun before has ended, too
         self.generation = 0  # of processes: a forked child is the next one
         self.commits_since_checkpoint = 0
-        self.turn = 0  # own commits since another writer had the lock
         self.wal_size = 0
         bug = _has_wal_reset_bug(sqlite3.sqlite_version_info)
         self.guarded = bug and not self.memory  # whether checkpoints must be
@@ -3048,15 +3043,13 @@ class _Database:
         return left if timeout is None else min(timeout, left)
 
     @staticmethod
-    def pause(waited: float, weight: float = 1.0) -> None:
+    def pause(waited: float) -> None:
         """Sleep between two attempts: at random, less after a long wait.
 
         Bounded, or a crowd behind a holder that is slow would take its processor.
         """
         _check_interrupts()
-        least = 1.0 / (1.0 + 10.0 * min(waited, 0.5))
-        weight = max(least, weight / (1.0 + 60.0 * waited))
-        time.sleep(random.uniform(0.0005, 0.002) * weight)
+        time.sleep(random.uniform(0.0005, 0.002) / (1.0 + 10.0 * min(waited, 0.5)))
 
     def _try_connect(self, writable: bool) -> sqlite3.Connection:
         connection = self._open_file()
@@ -3270,12 +3263,8 @@ class _Database:
             heir.wake()
 
     def serve(self) -> None:
-        """Commit one group of the operations that wait; return when none does.
-
-        The first pause is short: the lock of a single other writer is free by then.
-        """
+        """Commit one group of the operations that wait; return when none does."""
         began = time.monotonic()
-        weight = 1.0
         while self.pending:
             group: list[_Operation[Any]] = []
             try:
@@ -3288,9 +3277,7 @@ class _Database:
                 break
             since = group[0].since
             self._refuse_late(group)
-            self.pause(time.monotonic() - since, weight)
-            if self.turn:
-                weight, self.turn = _TURN_WEIGHT * min(self.turn, _LONG_TURN), 0
+            self.pause(time.monotonic() - since)
         if self.guarded and self._checkpoint_is_due(time.monotonic() - began):
             self._checkpoint()
 
@@ -3452,7 +3439,6 @@ class _Database:
         """Tell everybody what was done, once it is on the disk and in our file."""
         if self.committing:
             self.commits_since_checkpoint += 1
-            self.turn += 1
             self.watch.ring()
         try:
             if self.flushes and any(operation.must_flush() for operation in group):

@@ -3095,35 +3095,6 @@ class TestBusyFile:
         assert 0.000_25 <= slept[1] <= 0.001
         assert slept[2] >= 0.000_08
 
-    def test_a_long_turn_makes_a_long_wait_that_fades(self, slept: list[float]) -> None:
-        for waited in (0.0, 0.1, 30.0):
-            omniq_sqlite._Database.pause(waited, 50.0)
-        assert 0.025 <= slept[0] <= 0.1
-        assert 0.003 <= slept[1] <= 0.015
-        assert 0.000_08 <= slept[2] <= 0.000_4
-
-    @pytest.mark.parametrize(("commits", "counted"), [(1, 1), (7, 7), (40, 20)])
-    def test_who_had_a_long_turn_waits_longer_but_not_at_first(
-        self, path: str, commits: int, counted: int, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        weights: list[float] = []
-
-        def pause(_waited: float, weight: float = 1.0) -> None:
-            weights.append(weight)
-            if len(weights) == 3:
-                rival.execute("COMMIT")
-
-        monkeypatch.setattr(omniq_sqlite._Database, "pause", staticmethod(pause))
-        with SQLiteQueue(path) as queue, raw(path) as rival:
-            for made, length in ((commits, counted), (1, 2)):  # a turn begins anew
-                for _ in range(made):
-                    queue.enqueue(Task("f"))
-                rival.execute("BEGIN IMMEDIATE")
-                queue.enqueue(Task("f"))
-                longer = omniq_sqlite._TURN_WEIGHT * length
-                assert weights == [1.0, longer, longer]
-                weights.clear()
-
     async def test_opening_a_file_that_is_up_to_date_waits_for_no_writer(
         self, path: str
     ) -> None:
