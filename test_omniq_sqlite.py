@@ -305,6 +305,12 @@ def backend(api: Api) -> Any:
     return api.backend(events=True)
 
 
+def present(task: Task | None) -> Task:
+    """Return a task that is there."""
+    assert task is not None
+    return task
+
+
 async def claim(queue: Any, *args: Any, **kwargs: Any) -> Task:
     task = await call(queue.dequeue, *args, **kwargs)
     assert isinstance(task, Task), "there was nothing to claim"
@@ -5541,9 +5547,12 @@ def contents(path: object) -> dict[str, list[Any]]:
         }
 
 
+READS = ("get_task", "stats", "query")
 CALLS: dict[str, Callable[[Any, Any], Any]] = {
     "enqueue": lambda b, _: b.enqueue(Task("new", unique_key="k")),
-    "enqueue a duplicate": lambda b, _: b.enqueue(Task("new", unique_key="held")),
+    "enqueue a duplicate": lambda b, _: b.enqueue(
+        Task("new", queue="held", unique_key="held")
+    ),
     "enqueue_many": lambda b, _: b.enqueue_many([Task("a"), Task("b"), Task("c")]),
     "dequeue": lambda b, _: b.queue.dequeue(),
     "dequeue the due": lambda b, _: b.queue.dequeue("due"),
@@ -5568,6 +5577,102 @@ CODES = {
     "INTERRUPT": (sqlite3.SQLITE_INTERRUPT, OmniQError),
     "CORRUPT": (sqlite3.SQLITE_CORRUPT, CorruptDatabaseError),
 }
+
+
+class TestPowerCut:
+    """What the disk has when a call returns: the file and its WAL at the last flush."""
+
+    WRITES: ClassVar[dict[str, Callable[[Any, Any], Any]]] = {
+        name: call
+        for name, call in CALLS.items()
+        if name not in ("dequeue", "dequeue the due", "release", "extend", *READS)
+    } | {
+        "fail for now": lambda b, task: b.fail(task, ValueError("x")),
+        "complete_many": lambda b, task: b.queue.complete_many([task]),
+        "reclaim": lambda b, task: b.queue.reclaim(task.worker),
+        "cancel": lambda b, task: b.queue.cancel(task.id),
+        "retry": lambda b, _: b.queue.retry("failed"),
+        "retry_all": lambda b, _: b.queue.retry_all(),
+        "resume": lambda b, _: b.queue.resume("paused"),
+        "purge": lambda b, _: b.queue.purge(),
+        "claim for the last time": lambda b, _: b.queue.dequeue("once"),
+        "store": lambda b, _: b.results.store(TaskResult("t", ResultStatus.SUCCESS, 1)),
+        "delete": lambda b, _: b.results.delete("failed"),
+        "purge results": lambda b, _: b.results.purge(older_than=0),
+        "log": lambda b, _: b.events.log(TaskEvent("custom")),
+        "purge events": lambda b, _: b.events.purge(older_than=0),
+    }
+
+    @pytest.fixture
+    def disk(
+        self, path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> Iterator[str]:
+        """What would be left of the file."""
+        disk = str(tmp_path / "disk.db")
+        flush = omniq_sqlite._Wal.flush
+
+        def spy(wal: omniq_sqlite._Wal) -> None:
+            flush(wal)
+            for end in ("", "-wal"):
+                shutil.copy(path + end, disk + end)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(omniq_sqlite._Wal, "flush", spy)
+            yield disk
+
+    @staticmethod
+    def prepare(backend: SQLiteBackend) -> Task:
+        backend.enqueue(Task("bad", queue="bad", id="failed", max_attempts=1))
+        task = present(backend.queue.dequeue("bad"))
+        backend.fail(task, ValueError("x"), retry=False)
+        backend.enqueue_many([Task("mine", unique_key="mine"), Task("other")])
+        backend.enqueue(Task("held", queue="held", unique_key="held"))
+        backend.enqueue(Task("once", queue="once", max_attempts=1))
+        backend.queue.pause("paused")
+        return present(backend.queue.dequeue(worker="w"))
+
+    @pytest.mark.parametrize("name", WRITES)
+    def test_it_keeps_what_a_call_acknowledged(
+        self, path: str, disk: str, name: str
+    ) -> None:
+        with SQLiteBackend(path, events=True) as backend:
+            self.prepare(backend)
+            task = backend.queue.list_tasks(status="running")[0]
+            before = contents(path)
+            self.WRITES[name](backend, task)
+            after = contents(path)
+            assert contents(disk) == after
+            assert (after == before) == (name == "enqueue a duplicate")
+        assert is_whole(disk)
+
+    @pytest.mark.parametrize("name", WRITES)
+    async def test_and_of_the_async_form(self, path: str, disk: str, name: str) -> None:
+        with SQLiteBackend(path, events=True) as backend:
+            task = self.prepare(backend)
+        async with AsyncSQLiteBackend(path, events=True) as twin:
+            call = self.WRITES[name](twin, task)
+            await call
+            assert contents(disk) == contents(path)
+
+    def test_it_takes_back_a_claim_and_the_task_is_there(
+        self, path: str, disk: str
+    ) -> None:
+        with SQLiteBackend(path) as backend:
+            backend.enqueue(Task("f", id="t"))
+            assert backend.queue.dequeue() is not None
+            with SQLiteQueue(disk) as found:
+                assert [t.status for t in found.list_tasks()] == ["pending"]
+
+    def test_a_flush_takes_along_what_others_committed_before(
+        self, path: str, disk: str
+    ) -> None:
+        """So nothing that is acknowledged can rest on what is lost."""
+        with SQLiteBackend(path, events=True) as backend, SQLiteQueue(path) as other:
+            backend.enqueue(Task("f"))
+            task = present(backend.queue.dequeue())
+            other.enqueue(Task("g"))
+            assert contents(disk) == contents(path)
+            assert backend.queue.get_task(task.id) == task
 
 
 class TestFaults:
@@ -5617,7 +5722,7 @@ class TestFaults:
             Fault.arm(0, 0, ends_transaction=False)
         else:
             pytest.fail("it never succeeded")
-        assert code == "BUSY" or hits or name in ("get_task", "stats", "query")
+        assert code == "BUSY" or hits or name in READS
         Fault.arm(0, 0, ends_transaction=False)
         assert is_whole(path)
         backend.enqueue(Task("afterwards", queue="afterwards"))
