@@ -1782,7 +1782,10 @@ def time_out_everything(ring: Ring) -> None:
 
     async def attempt(backend: Any, name: str) -> None:
         with contextlib.suppress(
-            TimeoutError, LeaseLostError, omniq_sqlite.DuplicateTaskError
+            TimeoutError,
+            LeaseLostError,
+            omniq_sqlite.DuplicateTaskError,
+            omniq_sqlite.TaskNotFoundError,  # of one that another attempt deleted
         ):
             async with asyncio.timeout(ring.random.uniform(0, 0.004)):
                 await CALLS[name](backend, claimed(ring))
