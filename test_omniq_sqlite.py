@@ -11154,6 +11154,30 @@ class TestRun:
         assert other.queue.count("complete") == 200
         assert [count for count in claimed if count] == [20] * 10
 
+    def test_a_claim_waits_for_quick_functions_to_fill_all_slots(
+        self, rig: Rig, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(omniq_sqlite, "_GATHER", 30.0)
+        wanted: list[int] = []
+        dequeue_many = AsyncSQLiteQueue.dequeue_many
+
+        async def noted(self: Any, limit: int, *args: Any, **terms: Any) -> list[Task]:
+            wanted.append(limit)
+            return await dequeue_many(self, limit, *args, **terms)
+
+        @rig.tasks.register
+        def short() -> None: ...
+
+        @rig.tasks.register
+        def longer() -> None:
+            time.sleep(0.05)
+
+        monkeypatch.setattr(AsyncSQLiteQueue, "dequeue_many", noted)
+        rig.enqueue(*(f.task() for f in [short, longer] * 3))
+        rig.run(concurrency=2)
+        assert rig.queue.count_tasks() == 0
+        assert wanted == [2] * len(wanted)
+
     def test_it_completes_in_batches(self, rig: Rig, monkeypatch: Any) -> None:
         settled: list[int] = []
         groups: list[int] = []
