@@ -2537,6 +2537,11 @@ def _create_file(path: str) -> None:
         os.unlink(temporary)
 
 
+def _wal_of(path: str) -> str:
+    """Return the path of a file's WAL: it is beside the file, not beside a link to it."""
+    return os.path.realpath(path) + "-wal"
+
+
 def _is_busy(error: BaseException) -> bool:
     code = getattr(error, "sqlite_errorcode", None)
     return code is not None and code & 0xFF in (
@@ -2905,7 +2910,7 @@ class _Bell:
         self.wal = None
         if sys.platform == "linux":
             try:
-                self.wal = _WalWatch(self.database.path + "-wal")
+                self.wal = _WalWatch(self.database.wal_path)
             except (ImportError, OSError) as error:
                 logger.debug("%r is polled: %s", self.database.path, error)
 
@@ -2952,6 +2957,7 @@ class _Database:
         self.connections: set[sqlite3.Connection] = set()
         self.threads: list[_ConnectionThread] = []
         self.identity: tuple[int, int] | None = None
+        self.wal_path = _wal_of(self.path)  # once more when the file is open
         self.closed_reason: str | None = None
         self.ended = False  # closed, and what was begun before has ended, too
         self.generation = 0  # of processes: a forked child is the next one
@@ -3058,6 +3064,7 @@ class _Database:
             self._ensure_schema(connection)
             if self.identity is None and not self.memory:
                 self.identity = self._stat()
+                self.wal_path = _wal_of(self.path)
             self.check_identity()
             if not writable:
                 connection.execute("PRAGMA query_only = ON")
@@ -3204,7 +3211,7 @@ class _Database:
         import tempfile  # rare; costs import time
 
         try:
-            size = max(os.path.getsize(self.path + end) for end in ("", "-wal"))
+            size = max(map(os.path.getsize, (self.path, self.wal_path)))
             folder = os.path.dirname(self.path)
             with tempfile.TemporaryFile(dir=folder, buffering=0) as file:
                 file.seek(size)
@@ -3474,7 +3481,7 @@ class _Database:
         """Wait until the disk has the WAL with all that was committed."""
         try:
             if self.wal is None:
-                self.wal = _Wal(connection, self.path + "-wal")
+                self.wal = _Wal(connection, self.wal_path)
             self.wal.flush()
         except OSError as error:
             reason = "what was just written may not outlive a power cut, as its WAL"
@@ -3523,7 +3530,7 @@ class _Database:
         if took < _QUICK and self.commits_since_checkpoint % _QUICK_COMMITS:
             return False
         try:
-            size = os.stat(self.path + "-wal").st_size
+            size = os.stat(self.wal_path).st_size
         except OSError:
             return False
         return size - self.wal_size > _CHECKPOINT_BYTES
@@ -3541,7 +3548,7 @@ class _Database:
                         ).fetchall()
                 finally:
                     guard.execute("COMMIT")
-            self.wal_size = os.stat(self.path + "-wal").st_size
+            self.wal_size = os.stat(self.wal_path).st_size
             if frames > _LONG_WAL_FRAMES:  # a reader may have kept it from a reset
                 self.commits_since_checkpoint = _CHECKPOINT_COMMITS - _QUICK_COMMITS
         except (sqlite3.Error, OSError, OmniQError) as error:
@@ -7142,7 +7149,7 @@ def _check_file(database: _Database, connection: sqlite3.Connection) -> list[Fin
         faults = [str(error)]
     findings += [Finding("schema", "error", fault) for fault in faults]
     with contextlib.suppress(OSError):
-        size = os.stat(database.path + "-wal").st_size
+        size = os.stat(database.wal_path).st_size
         if size > _LARGE_WAL:
             text = f"the WAL has {size // 2**20} MiB; a long reader may hold it"
             findings.append(Finding("wal", "warning", text))
@@ -10869,7 +10876,7 @@ def _render_health(backend: SQLiteBackend, findings: Sequence[Finding]) -> _Html
     state = _html_table("Findings", ["severity", "check", "finding"], rows)
     if not rows:
         state = _element("p", "check() found nothing wrong.")
-    wal = Path(backend.path + "-wal")
+    wal = Path(_wal_of(backend.path))
     note = f"File {os.path.getsize(backend.path):,} bytes,"
     note += f" WAL {wal.stat().st_size if wal.exists() else 0:,} bytes;"
     note += f" SQLite {sqlite3.sqlite_version}, omniq_sqlite {__version__}."

@@ -2708,6 +2708,30 @@ class TestFlushes:
             queue.enqueue(Task("f", id="first"))
         assert found == [("first",)]
 
+    @pytest.mark.parametrize("linked", ["file", "folder"])
+    def test_the_wal_of_a_link_is_beside_the_file(
+        self, tmp_path: Path, log: list[str], linked: str
+    ) -> None:
+        folder = tmp_path / "folder"
+        folder.mkdir()
+        with SQLiteBackend(folder / "jobs.db") as backend:
+            backend.enqueue(Task("f"))
+        if linked == "file":
+            path = tmp_path / "other.db"
+            path.symlink_to(folder / "jobs.db")
+        else:
+            (tmp_path / "link").symlink_to(folder)
+            path = tmp_path / "link" / "jobs.db"
+        log.clear()
+        with SQLiteBackend(path) as backend:
+            backend.enqueue(Task("g"))
+            assert log[-2:] == ["COMMIT", "FLUSH"]
+            database = database_of(backend.queue)
+            assert database.wal_path == str(folder / "jobs.db-wal")
+            assert backend.queue.count_tasks() == 2
+            assert backend.check() == []
+        assert [p.name for p in folder.iterdir()] == ["jobs.db"]
+
     @pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="needs /proc")
     def test_the_wal_is_closed_with_its_connection(self, path: str) -> None:
         def opened() -> list[str]:
