@@ -2538,7 +2538,7 @@ def _create_file(path: str) -> None:
 
 
 def _wal_of(path: str) -> str:
-    """Return the path of a file's WAL: it is beside the file, not beside a link to it."""
+    """Return the path of the WAL: beside the file itself, not beside a link to it."""
     return os.path.realpath(path) + "-wal"
 
 
