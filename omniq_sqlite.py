@@ -8314,7 +8314,13 @@ class _Shift:
         waiting = set()
         for name in self._worker.queues:
             for status in (TaskStatus.SCHEDULED, TaskStatus.PENDING):
-                if await tasks.list_tasks(queue=name, status=status, limit=1):
+                try:
+                    found: object = await tasks.list_tasks(
+                        queue=name, status=status, limit=1
+                    )
+                except SerializationError:
+                    found = True  # though it cannot be read
+                if found:
                     waiting.add(name)
         if waiting:
             waiting -= {stats.queue for stats in await tasks.stats() if stats.paused}

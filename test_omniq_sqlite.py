@@ -11760,6 +11760,18 @@ class TestUntilEmpty:
         assert rig.run() == 0
         assert rig.queue.count_tasks(status="pending") == 1
 
+    def test_a_row_of_a_paused_queue_that_cannot_be_read_does_not_count(
+        self, rig: Rig
+    ) -> None:
+        rig.enqueue(rig.tasks.register(thumbnail).task("a"))
+        rig.queue.pause("default")
+        with raw(rig.path) as connection:
+            connection.execute("PRAGMA ignore_check_constraints = ON")
+            connection.execute("UPDATE omniq_task SET metadata = 'Inf'")
+            connection.commit()
+        assert rig.run() == 0
+        assert rig.queue.count_tasks(status="pending") == 1
+
     def test_what_runs_elsewhere_does_not_count(self, rig: Rig) -> None:
         rig.enqueue(rig.tasks.register(thumbnail).task("a"))
         rig.queue.dequeue(worker="elsewhere")

@@ -155,6 +155,8 @@ def plot(results: dict[str, dict[int, Point]], path: Path) -> None:
                         xs, [points[x][name] for x in xs], style, marker="o", label=name
                     )
             axis.set(xscale="log", yscale="log", xlabel=label, title=title)
+            if title.startswith("throughput"):
+                axis.set_ylim(100, 100_000)
             axis.legend(fontsize=7)
     figure.tight_layout()
     figure.savefig(path)
