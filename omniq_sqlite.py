@@ -1477,8 +1477,8 @@ WITH ready AS (
 )
 UPDATE main.omniq_task
 SET status = 'running',
-    attempt = attempt + 1,
-    claims = claims + 1,
+    attempt = min(attempt, 9007199254740991) + 1,  -- somebody else's may overflow
+    claims = min(claims, 9007199254740991) + 1,
     lease_id = :claim_id || '.' || CAST(seq AS TEXT),
     lease_until = :lease_until,
     worker = :worker,

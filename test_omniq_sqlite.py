@@ -15859,6 +15859,10 @@ POISON = {
     "a name to import": (
         "UPDATE omniq_task SET func = 'os.system', args = '[\"touch x\"]'"
     ),
+    "counts that overflow": (
+        "UPDATE omniq_task SET attempt = 9223372036854775807,"
+        " claims = 9223372036854775807, max_attempts = 9223372036854775807"
+    ),
     "a worker's malformed queues": "UPDATE omniq_worker SET queues = '['",
     "a worker's start past all years": "UPDATE omniq_worker SET started_at = 1e300",
     "a result of an unknown kind": "UPDATE omniq_result SET status = 'maybe'",
