@@ -2708,6 +2708,22 @@ class TestFlushes:
             queue.enqueue(Task("f", id="first"))
         assert found == [("first",)]
 
+    def test_the_wal_of_another_connection_is_not_flushed(
+        self, path: str, log: list[str]
+    ) -> None:
+        """As when one had to be given up, and its WAL went with it."""
+        with SQLiteQueue(path) as queue:
+            queue.enqueue(Task("f"))
+            database = database_of(queue)
+            before = database.wal
+            with raw(path) as stranger:
+                database.wal = omniq_sqlite._Wal(stranger, database.wal_path)
+                queue.enqueue(Task("f"))
+            assert log[-1] == "FLUSH"
+            assert before is not None
+            assert database.wal is not None
+            assert database.wal.connection is before.connection
+
     @pytest.mark.parametrize("linked", ["file", "folder"])
     def test_the_wal_of_a_link_is_beside_the_file(
         self, tmp_path: Path, log: list[str], linked: str
