@@ -8150,6 +8150,7 @@ class _Shift:
         )
         self._complete_many = getattr(worker.backend, "complete_many", None)
         self._claimer: asyncio.Task[None] | None = None
+        self._claims = True  # until the claimer is cancelled
         self._stopped_at = math.inf
         self._failure: Exception | None = None  # an outcome could not be written
         self._stuck = False
@@ -8208,7 +8209,8 @@ class _Shift:
 
     def _claim_no_more(self) -> None:
         self._changed.set()
-        if self._claimer is not None and not self._claimer.cancelling():
+        if self._claimer is not None and self._claims:
+            self._claims = False  # `cancelling` may be a timeout's, which is no stop
             self._claimer.cancel()
 
     async def _drain(self) -> None:

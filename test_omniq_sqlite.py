@@ -12276,6 +12276,24 @@ class TestTimeout:
             """)
         assert program.end() == 75
 
+    async def test_a_stop_counts_that_comes_together_with_a_timeout(
+        self, path: str
+    ) -> None:
+        async with AsyncSQLiteBackend(path) as backend:
+            worker = AsyncWorker(backend, TaskRegistry())
+            shift = omniq_sqlite._Shift(worker, omniq_sqlite._ShiftTerms())
+
+            async def claim() -> None:
+                await shift._until(lambda: False, 0.01)
+                await asyncio.sleep(DEADLINE)
+
+            shift._claimer = asyncio.create_task(claim())
+            await asyncio.sleep(0)
+            asyncio.get_running_loop().call_later(0.02, shift._stop)
+            spin(0.05)  # both are due when the loop goes on, the timeout first
+            await asyncio.wait({shift._claimer}, timeout=1)
+            assert shift._claimer.cancelled()
+
     def test_where_the_process_is_not_the_workers_its_leases_end(
         self, other: Rig, monkeypatch: pytest.MonkeyPatch
     ) -> None:
