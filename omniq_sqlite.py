@@ -8234,6 +8234,9 @@ class _Shift:
         if not self._ours():
             with contextlib.suppress(OmniQError, TimeoutError):
                 async with asyncio.timeout(_LAST_WRITES):
+                    # A claim that was cancelled may be under way. When the first of
+                    # these two writes is done, what gives it back is in line.
+                    await self._worker.backend.queue.cancel("")
                     await self._worker.backend.queue.reclaim(self._worker.name)
 
     async def _until(
@@ -8271,6 +8274,8 @@ class _Shift:
             await self._until(self._room)
             if gather := self._threads.quick():
                 await self._until(lambda: not self._threads.quick(), gather)
+                if not self._room():
+                    continue
             tasks = await _insist(self._dequeue, report)
             if tasks is None:
                 return
