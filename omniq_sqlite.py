@@ -2758,11 +2758,23 @@ class _Pool:
             self.database.leave_alone(mine)
 
 
-class _Wal:
+class _Descriptor:
+    """A file descriptor of ours, closed at the latest when it is forgotten."""
+
+    _fd = -1
+
+    def close(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    __del__ = close
+
+
+class _Wal(_Descriptor):
     """The WAL of a connection, to flush it. Nobody locks it: it can be closed."""
 
     def __init__(self, connection: sqlite3.Connection, path: str) -> None:
-        self._fd = -1
         self.connection = connection
         self._fd = os.open(path, os.O_RDWR)
 
@@ -2776,22 +2788,14 @@ class _Wal:
         else:
             os.fdatasync(self._fd)
 
-    def close(self) -> None:
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
 
-    __del__ = close
-
-
-class _WalWatch:
+class _WalWatch(_Descriptor):
     """Tells when any process writes to a WAL, which only Linux can.
 
     Raises: `OSError` where the user has used up the instances that one may have.
     """
 
     def __init__(self, path: str) -> None:
-        self._fd = -1
         import ctypes  # costs import time
 
         libc = ctypes.CDLL(None)
@@ -2808,13 +2812,6 @@ class _WalWatch:
         if written:
             os.read(self._fd, 65_536)
         return written
-
-    def close(self) -> None:
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
-
-    __del__ = close
 
 
 class _Bell:
@@ -3876,13 +3873,12 @@ def _shielded(call: Callable[[], T], *, deaf: bool = False) -> T:
                 interrupts.restore()
         return value
     except BaseException:
-        try:
-            if undo is not None:
+        if undo is not None:
+            try:
                 _shielded(undo, deaf=True)
-        except BaseException:  # the next Ctrl-C, maybe before there was a shield
-            if undo is not None:
+            except BaseException:  # the next Ctrl-C, maybe before there was a shield
                 _shielded(undo, deaf=True)
-            raise
+                raise
         raise
 
 

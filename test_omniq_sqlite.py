@@ -5677,8 +5677,7 @@ class TestPowerCut:
         self, path: str, disk: str, name: str
     ) -> None:
         with SQLiteBackend(path, events=True) as backend:
-            self.prepare(backend)
-            task = backend.queue.list_tasks(status="running")[0]
+            task = self.prepare(backend)
             before = contents(path)
             self.WRITES[name](backend, task)
             after = contents(path)
@@ -5691,8 +5690,7 @@ class TestPowerCut:
         with SQLiteBackend(path, events=True) as backend:
             task = self.prepare(backend)
         async with AsyncSQLiteBackend(path, events=True) as twin:
-            call = self.WRITES[name](twin, task)
-            await call
+            await self.WRITES[name](twin, task)
             assert contents(disk) == contents(path)
 
     def test_it_takes_back_a_claim_and_the_task_is_there(
