@@ -4632,7 +4632,8 @@ class TestThrownExceptions:
             while sum(thrown) < 300 and time.monotonic() < limit:
                 time.sleep(random.uniform(0.0, 0.002))
                 number = random.randrange(4)
-                if ready[number] and caught[number] == thrown[number]:  # one at a time
+                # One at a time, which is looked at first: it may be caught just now.
+                if caught[number] == thrown[number] and ready[number]:
                     ident = threads[number].ident
                     thrown[number] += omniq_sqlite._throw(ident, Thrown)
             goals = [count + 2 for count in counts]
