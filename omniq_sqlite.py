@@ -679,17 +679,15 @@ _last_id = 0
 def new_id() -> str:
     """Return a new UUID version 7 as 32 hex digits; ids of a process ascend.
 
-    Time in milliseconds, then a counter that starts at random in each one, then
-    random bits (RFC 9562, section 6.2, method 1). A clock that steps back does
+    Time in milliseconds, then 74 bits that start at random in each one and grow by
+    random strides (RFC 9562, section 6.2, method 2). A clock that steps back does
     not make ids descend: they go on from the last one.
     """
     global _last_id  # noqa: PLW0603 -- one counter for the process
     random_bits = int.from_bytes(os.urandom(10))
     candidate = (time.time_ns() // 1_000_000) << 74 | random_bits >> 6
     with _id_lock:
-        # The 74 bits below the time: on a tie or a step back, add a random
-        # stride to the upper ones, so that ids of one process cannot be guessed.
-        if candidate <= _last_id:
+        if candidate <= _last_id:  # a tie or a step back; nobody can guess the stride
             candidate = _last_id + (random_bits & 0xFFFF_FFFF) + 1
         _last_id = candidate
     milliseconds, rest = candidate >> 74, candidate & (1 << 74) - 1
