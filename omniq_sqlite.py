@@ -6935,16 +6935,15 @@ class AsyncSQLiteBackend(_AsyncStorage):
         return list({id(p._gateway.database): p._gateway for p in parts}.values())
 
     async def backup(self, path: str | os.PathLike[str]) -> None:
-        """Copy the backend's file to a new one while everybody goes on working.
+        """Copy the queue's file to a new one while everybody goes on working.
 
         The copy is the file as it was at one instant, readable by its owner only.
-        Parts on files of their own are not in it.
+        Parts on other files are not in it.
 
-        Raises: `FileExistsError` if `path` exists.
+        Raises: `DatabaseAccessError`, an `OSError`, if `path` exists.
         """
         target = _absolute(path)
         _check(target != ":memory:", "path", "the path of a new file", path)
-
         await self._main_gateway().read(lambda source: _back_up(source, target))
 
     async def check(self) -> list[Finding]:
@@ -7413,7 +7412,7 @@ class SQLiteBackend(_Twin[AsyncSQLiteBackend]):
         return self._run(self._async.cleanup)
 
     def backup(self, path: str | os.PathLike[str]) -> None:
-        """Copy the backend's file to a new one while everybody goes on working."""
+        """Copy the queue's file to a new one while everybody goes on working."""
         return self._run(self._async.backup, path)
 
     def check(self) -> list[Finding]:
