@@ -4025,7 +4025,7 @@ class _DirectGateway:
     ) -> None:
         """Return when something was committed since `seen`, or at the latest then.
 
-        `timeout`: seconds; `due`: the time on the clock; `None`: never. May
+        `timeout`: seconds; `due`: the time on the clock; `None` (or inf): never. May
         return early: look again. Read `seen` (`watch.generation`) before looking.
         """
         woken = _Latch()
@@ -4466,9 +4466,6 @@ class _AsyncStorage:
     async def _delete_in_steps(self, statement: str, **parameters: Any) -> int:
         limited = partial(self._delete, statement, limit=_STEP_LIMIT, **parameters)
         return await _in_steps(_STEP_LIMIT, limited)
-
-    async def _wait(self, seen: int, left: float, due: float | None = None) -> None:
-        await self._gateway.wait(seen, None if left == math.inf else left, due)
 
     @property
     def path(self) -> str:
@@ -5087,7 +5084,7 @@ class AsyncSQLiteQueue(_AsyncStorage):
             if not claimed.more:
                 if worker is not None:
                     left = min(left, _NOTE_WORKER_INTERVAL)
-                await self._wait(seen, left, claimed.next_due)
+                await self._gateway.wait(seen, left, claimed.next_due)
 
     async def _claim(self, claim: _Claim) -> _Claimed:
         claimed = await self._gateway.write(claim, undo=self._give_back)
@@ -5681,7 +5678,8 @@ class AsyncSQLiteResultStorage(_AsyncStorage):
             seen = self._gateway.database.watch.generation
             if (result := await self.get(task_id)) is not None:
                 return result
-            await self._wait(seen, _time_left(deadline, task_id, timeout))
+            left = _time_left(deadline, task_id, timeout)
+            await self._gateway.wait(seen, left)
 
     async def delete(self, task_id: str) -> bool:
         """Delete the result of a task; return whether there was one."""
@@ -6903,7 +6901,8 @@ class AsyncSQLiteBackend(_AsyncStorage):
         """Wait for a change of live tasks; a result comes in the same commit."""
         if isinstance(self._queue, AsyncSQLiteQueue):
             due = min(live.values())
-            await self._queue._wait(seen, left, None if due == math.inf else due)
+            gateway = self._queue._gateway
+            await gateway.wait(seen, left, None if due == math.inf else due)
         elif self._results is not None:
             with contextlib.suppress(TimeoutError):
                 await self._results.wait(next(iter(live)), timeout=min(left, 0.1))
