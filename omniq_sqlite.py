@@ -3621,13 +3621,22 @@ _connection_factory: Callable[..., sqlite3.Connection] = sqlite3.connect
 # -- Schema --
 
 
+def _plain_cursor(connection: sqlite3.Connection) -> sqlite3.Cursor:
+    """Return a cursor whose rows are tuples, whatever the connection's factory is.
+
+    Neither factory is touched. The connection may be of a subclass.
+    """
+    cursor = sqlite3.Connection.cursor(connection)
+    cursor.row_factory = None
+    return cursor
+
+
 def schema_versions(connection: sqlite3.Connection, path: str) -> dict[str, int]:
     """Return the versions of the components in a file, of which it has tables.
 
     Raises: `SchemaVersionError` where a table of our name is not ours.
     """
-    cursor = sqlite3.Connection.cursor(connection)
-    cursor.row_factory = None
+    cursor = _plain_cursor(connection)
     tables = cursor.execute(SELECT_TABLE_NAMES).fetchall()
     names = {bytes(name).decode(): is_strict for name, is_strict in tables}
     for name, is_strict in names.items():
@@ -3674,7 +3683,7 @@ def migrate(
     steps = missing_migrations(connection, components, path)
     if not steps:
         return
-    cursor = sqlite3.Connection.cursor(connection)
+    cursor = _plain_cursor(connection)
     cursor.execute(CREATE_SCHEMA_TABLE)
     for component, version in steps:
         for statement in MIGRATIONS[component][version - 1]:
@@ -5499,16 +5508,6 @@ def _foreign_cursor(
         raise ValueError(f"connection cannot be used here: {error}") from error
     if database.memory or not _is_same_file(file, database.path):
         raise ValueError(f"connection must be open on {database.path!r}, not {file!r}")
-    return cursor
-
-
-def _plain_cursor(connection: sqlite3.Connection) -> sqlite3.Cursor:
-    """Return a cursor whose rows are tuples, whatever the connection's factory is.
-
-    Neither factory is touched. The connection may be of a subclass.
-    """
-    cursor = sqlite3.Connection.cursor(connection)
-    cursor.row_factory = None
     return cursor
 
 
