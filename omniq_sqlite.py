@@ -91,7 +91,6 @@ import time
 import traceback
 import urllib.parse
 import weakref
-from collections import deque
 from collections.abc import (
     AsyncIterator,
     Awaitable,
@@ -7831,10 +7830,10 @@ class _Threads:
         self._name = name
         self._loop = loop
         self._on_end = on_end  # called on that loop
-        self._jobs: deque[_Run] = deque()
+        self._jobs: collections.deque[_Run] = collections.deque()
         self._ready = threading.Condition(threading.Lock())
         self._closed = self._spreading = self._noted = False
-        self._ended: deque[_Run] = deque()
+        self._ended: collections.deque[_Run] = collections.deque()
         self._count = self._idle = self._busy = 0
         self._taken_at = -math.inf
 
@@ -9000,7 +8999,7 @@ class _QueueInThreads(_InThreads):
         self, *args: Any, timeout: float | None, **terms: Any
     ) -> list[Task]:
         # In slices: a thread that waits cannot be told that nobody waits for it.
-        ends_at = math.inf if timeout is None else time.monotonic() + timeout
+        ends_at = _deadline(timeout)
         while True:
             terms["timeout"] = max(0.0, min(ends_at - time.monotonic(), 0.25))
             call = asyncio.to_thread(self._blocking.dequeue_many, *args, **terms)
@@ -9610,8 +9609,6 @@ def _run_demo(options: argparse.Namespace) -> int:
 
 def _import_registry(name: str) -> Any:
     """Return the registry that the operator named as MODULE:ATTRIBUTE."""
-    import importlib
-
     module, _, attribute = name.partition(":")
     if not module or not attribute:
         raise _CommandError(f"--app must be MODULE:REGISTRY, not {name!r}")
