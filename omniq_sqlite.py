@@ -4333,13 +4333,12 @@ def _answer(
     return future
 
 
-def _call_soon(loop: asyncio.AbstractEventLoop, *call: Any) -> bool:
-    """Call in a loop from any thread; `False` if that loop was closed."""
-    try:
+def _call_soon(loop: asyncio.AbstractEventLoop, *call: Any) -> None:
+    """Call in a loop from any thread, unless that loop was closed."""
+    try:  # noqa: SIM105 -- as in `_Latch`
         loop.call_soon_threadsafe(*call)
     except RuntimeError:
-        return False
-    return True
+        pass
 
 
 def _set_result(future: asyncio.Future[Any], result: Any) -> None:
