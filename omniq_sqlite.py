@@ -1617,7 +1617,6 @@ SET status = 'pending',
     progress = NULL,
     expires_at = CASE WHEN expires_at > :now THEN expires_at END
 WHERE id = :id AND status IN ('failed', 'cancelled', 'expired')
-RETURNING id, queue
 """
 
 SELECT_TASK = """
