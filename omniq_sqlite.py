@@ -2827,7 +2827,7 @@ class _Bell:
         self.version: tuple[sqlite3.Connection | None, int] = (None, 0)
         self.polled = False  # whether somebody polls
         self.distance = _FIRST_LOOK  # seconds to the next look if nobody writes
-        self.written_at = -math.inf
+        self.look_at = -math.inf  # of the last look that a write has brought
         if self.wal is not None:
             self.wal.close()  # the stack of a lost thread may refer to it for ever
             self.wal = None
@@ -2920,8 +2920,8 @@ class _Bell:
             return sleep(0.0)
         self.distance = _FIRST_LOOK
         now = time.monotonic()
-        rest = max(_FIRST_LOOK, self.written_at + _LOOKS_APART - now)
-        self.written_at = now + rest
+        rest = max(_FIRST_LOOK, self.look_at + _LOOKS_APART - now)
+        self.look_at = now + rest
         return sleep(rest)
 
 
@@ -3593,7 +3593,7 @@ class _Database:
         self.watch.ring()
         limit = time.monotonic() + timeout
         with self.gate:
-            while self._is_busy() and time.monotonic() < limit:
+            while self._is_in_use() and time.monotonic() < limit:
                 self.freed.wait(0.01)
             self.ended = True
             for pool in self.pools:
@@ -3606,7 +3606,7 @@ class _Database:
         with _databases_lock:
             _databases.discard(self)
 
-    def _is_busy(self) -> bool:
+    def _is_in_use(self) -> bool:
         return bool(self.pending) or any(pool.used for pool in self.pools)
 
 
