@@ -2994,11 +2994,6 @@ class _Database:
                 raise SystemExit  # a forgotten thread ends without a traceback
             raise StorageClosedError(self.path, self.closed_reason)
 
-    def check_usable(self) -> None:
-        """Refuse what comes when all connections are closed for good."""
-        if self.ended:
-            self.check_open()
-
     def connect(self, *, writable: bool) -> sqlite3.Connection:
         """Open, set up and check one connection, waiting for others as long as asked.
 
@@ -4232,7 +4227,8 @@ class _AsyncGateway:
         """Return this thread, or a new one where a fork has ended it."""
         if thread is not None and thread in self.database.threads:
             return thread
-        self.database.check_usable()
+        if self.database.ended:
+            self.database.check_open()
         thread = _ConnectionThread()
         self.database.threads.append(thread)
         return thread
