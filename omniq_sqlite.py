@@ -1126,8 +1126,8 @@ class Backend(Protocol):
 # SQL
 # =============================================================================
 #
-# Every statement stands here and can be pasted into the `sqlite3` shell. Values
-# are always parameters; a list travels as a JSON array through `json_each`.
+# Every statement on a table stands here and can be pasted into the `sqlite3` shell.
+# Values are always parameters; a list travels as a JSON array through `json_each`.
 # Tables are named with `main.`, because a temporary table of the application
 # could shadow ours (https://sqlite.org/lang_naming.html). Instants are REAL unix
 # seconds; a NULL one means "never" or "not yet".
@@ -1154,6 +1154,11 @@ WHERE name IN (
     'omniq_schema', 'omniq_task', 'omniq_pause', 'omniq_worker',
     'omniq_result', 'omniq_event'
 )
+"""
+
+SELECT_OBJECT_NAMES = """
+-- check: the tables, indexes and views that are there
+SELECT name FROM main.sqlite_schema
 """
 
 UPSERT_SCHEMA = """
@@ -7165,7 +7170,7 @@ def _missing_objects(
     """Return a sentence for each table, index and view that somebody dropped."""
     statements = [s for c in components for step in MIGRATIONS[c] for s in step]
     wanted = {_CREATED.findall(statement)[0] for statement in statements}
-    rows = connection.execute("SELECT name FROM main.sqlite_schema").fetchall()
+    rows = connection.execute(SELECT_OBJECT_NAMES).fetchall()
     return [f"{name} is missing" for name in sorted(wanted - {n for (n,) in rows})]
 
 
