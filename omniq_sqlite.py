@@ -53,7 +53,7 @@ is written down once, with the async one. Where to look:
 
 The file from top to bottom: Defaults, Errors, Data model, Interfaces, SQL,
 Serialization and time, Connection, Queue, Results, Events, Blocking twins,
-Backend, Worker, Command line. Nothing is used before it is defined.
+Backend, Worker, Command line. Each section uses only what stands above it.
 """
 
 from __future__ import annotations
@@ -250,8 +250,8 @@ logger.addHandler(logging.NullHandler())
 # =============================================================================
 #
 # One class per thing that a caller can do something about. Each builds its
-# message from facts, keeps them as attributes and survives pickling, and each
-# also is the built-in exception that a caller would expect in its place.
+# message from facts, keeps them as attributes and survives pickling, and is also
+# the built-in exception that a caller would expect in its place, if there is one.
 
 
 class OmniQError(Exception):
@@ -2370,10 +2370,10 @@ def _task_of(row: Row, serializer: Serializer) -> Task:
 #
 # Group commit. To wait for the disk is most of the cost of a durable commit.
 # While one transaction is flushed, the operations that arrive wait in a list;
-# the next transaction takes them all. Each runs in a savepoint of its own, so
-# that one that fails takes nobody along, and each caller gets its own result or
-# error, after the flush. Nothing waits for company: an operation that comes
-# alone is committed alone.
+# the next transaction takes them all. Each that may fail half-way runs in a
+# savepoint of its own, so that it takes nobody along, and each caller gets its
+# own result or error, after the flush where it needs one. Nothing waits for
+# company: an operation that comes alone is committed alone.
 #
 # Flushes. At synchronous=FULL SQLite flushes the WAL inside the commit, with the
 # write lock held. Here every commit is made at NORMAL, which flushes nothing, and
@@ -3502,7 +3502,7 @@ class _Database:
 
     @staticmethod
     def _deliver(group: list[_Operation[Any]]) -> None:
-        """Hand out outcomes: by an event to threads, in one call to each loop."""
+        """Hand out outcomes: by its latch to a thread, in one call to each loop."""
         by_loop: dict[asyncio.AbstractEventLoop, list[_Operation[Any]]] = {}
         for operation in group:
             operation.done = True
@@ -4382,8 +4382,8 @@ class _Arrival:
 # the event log on the same file the notes become rows of the same transaction,
 # elsewhere they are logged after the commit.
 
-_SETTLE_LIMIT = 500  # tasks that time has changed, in one transaction
-_STEP_LIMIT = 1_000  # rows that upkeep deletes in one transaction
+_SETTLE_LIMIT = 500  # tasks that are settled, or go after retention, in one transaction
+_STEP_LIMIT = 1_000  # results or events that are deleted in one transaction
 _NOTE_WORKER_INTERVAL = 10.0  # seconds between two notes that a worker was seen
 _FORGET_WORKER_AFTER = 86_400.0  # seconds
 
@@ -7478,13 +7478,13 @@ STUCK_STATUS = 75
 """
 
 _RENEW_STATUS = 76  # of a child process that has run its `max_tasks`
-_CLEANUP_INTERVAL = 60.0
-_PROGRESS_INTERVAL = 1.0
+_CLEANUP_INTERVAL = 60.0  # seconds
+_PROGRESS_INTERVAL = 1.0  # seconds
 _QUICK_CALL = 0.001  # seconds in which one thread goes on to the next function
 _GATHER = 0.000_25  # seconds that a claim waits for quick functions, to fill all slots
-_LAST_WRITES = 1.0  # for outcomes to be written after the grace has passed
-_QUICK_DEATH = 10.0  # a child that fails sooner is replaced ever more slowly
-_LONGEST_PAUSE = 5.0
+_LAST_WRITES = 1.0  # seconds for outcomes to be written after the grace has passed
+_QUICK_DEATH = 10.0  # seconds: a child that fails sooner is replaced ever more slowly
+_LONGEST_PAUSE = 5.0  # seconds between two tries
 
 _AnyContext = AbstractContextManager[Any] | AbstractAsyncContextManager[Any]
 
@@ -11313,7 +11313,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit status; raises nothing.
 
     0 done; 1 found nothing, or tasks failed; 2 an error, in one line on standard
-    error; 130 interrupted.
+    error; 75 a worker with a function that did not end; 130 interrupted.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a name may not fit its encoding
