@@ -4570,6 +4570,11 @@ def _wanted_id(task_id: object) -> str:
     return _clean_text(cast(str, task_id))
 
 
+def _wanted_ids(ids: Iterable[object]) -> str:
+    """Return ids to look for as a JSON array, without those that cannot be there."""
+    return _to_json([i for i in ids if isinstance(i, str) and _storable(i)])
+
+
 def _check_task(task: object, name: str = "task") -> Task:
     if not isinstance(task, Task):
         raise TypeError(f"{name} must be a Task, not {type(task).__name__}")
@@ -5657,8 +5662,8 @@ class AsyncSQLiteResultStorage(_AsyncStorage):
 
     async def get_many(self, ids: Iterable[str]) -> dict[str, TaskResult]:
         """Return the results that there are, by task id."""
-        wanted = _to_json([i for i in ids if isinstance(i, str) and _storable(i)])
-        rows = await self._rows(SELECT_RESULTS_BY_ID, ids=wanted, now=self._clock())
+        sought = {"ids": _wanted_ids(ids), "now": self._clock()}
+        rows = await self._rows(SELECT_RESULTS_BY_ID, **sought)
         results = _read("result of task", _result_of, rows, self._serializer)
         return {result.task_id: result for result in results}
 
@@ -6861,8 +6866,7 @@ class AsyncSQLiteBackend(_AsyncStorage):
     async def _live(self, ids: Iterable[str]) -> dict[str, float]:
         """Return which tasks live, and when time changes each."""
         if isinstance(self._queue, AsyncSQLiteQueue):
-            wanted = _to_json([i for i in ids if isinstance(i, str) and _storable(i)])
-            rows = await self._queue._rows(SELECT_LIVE, ids=wanted)
+            rows = await self._queue._rows(SELECT_LIVE, ids=_wanted_ids(ids))
             return {task_id: math.inf if due is None else due for task_id, due in rows}
         tasks = [await self._queue.get_task(task_id) for task_id in ids]
         return {t.id: math.inf for t in tasks if t and t.status in LIVE_STATUSES}
