@@ -4488,7 +4488,10 @@ class _AsyncStorage:
         return _rebuild, (type(self), self.path, self._arguments)
 
     async def close(self) -> None:
-        """Close what this object opened; what was asked for before is finished."""
+        """Close what this object opened; what was asked for before is finished.
+
+        For that it waits at most `busy_timeout` seconds. To close again does nothing.
+        """
         if self._owned:
             await self._gateway.close()
 
@@ -5011,9 +5014,10 @@ class AsyncSQLiteQueue(_AsyncStorage):
         open transaction a connection in `sqlite3`'s legacy mode gets a BEGIN
         IMMEDIATE. Missing tables are created in that transaction.
 
-        Raises: `ValueError` in autocommit mode without a transaction, for a
-        connection to another file or of another thread; `DatabaseBusyError` at
-        once when the transaction's snapshot is too old: roll back, begin again.
+        Raises: what `enqueue_many` does, then none was added; `ValueError` in
+        autocommit mode without a transaction, for a connection to another file or
+        of another thread; `DatabaseBusyError` at once when the transaction's
+        snapshot is too old: roll back, begin again.
         """
         if isinstance(connection, aiosqlite.Connection):
             execute = cast(Any, connection)._execute  # on the thread that it belongs to
@@ -5265,7 +5269,8 @@ class AsyncSQLiteQueue(_AsyncStorage):
 
         `progress`: stored with the task; `None` keeps what is there.
 
-        Raises: `LeaseLostError` when the claim is no longer yours: stop working.
+        Raises: `LeaseLostError` when the claim is no longer yours: stop working;
+        `SerializationError` of the progress.
         """
         _check_lease(task)
         _check_values(lease=lease)
@@ -5653,7 +5658,10 @@ class AsyncSQLiteResultStorage(_AsyncStorage):
         await self._put(UPSERT_RESULT, [self._row_of(result, ttl)])
 
     async def store_many(self, results: Iterable[TaskResult]) -> None:
-        """Store results in one transaction, all or nothing."""
+        """Store results in one transaction, all or nothing.
+
+        Raises: `SerializationError`, then none was stored.
+        """
         await self._put(UPSERT_RESULT, [self._row_of(result) for result in results])
 
     async def get(self, task_id: str) -> TaskResult | None:
@@ -5670,7 +5678,8 @@ class AsyncSQLiteResultStorage(_AsyncStorage):
     async def wait(self, task_id: str, *, timeout: float | None = None) -> TaskResult:
         """Return the result of a task once it is there.
 
-        Wakes within milliseconds of a commit by any process. `timeout`: seconds.
+        Wakes within milliseconds of a commit by any process. `timeout`: seconds,
+        `None` waits for ever.
 
         Raises: `TimeoutError`.
         """
@@ -5708,7 +5717,8 @@ class AsyncSQLiteResultStorage(_AsyncStorage):
     async def purge(self, *, older_than: float | None = None) -> int:
         """Delete expired results, or also those older; return how many.
 
-        `older_than`: seconds since they were stored.
+        `older_than`: seconds since they were stored; with it in one transaction,
+        without it in one for each thousand.
         """
         _check_optional(older_than=older_than)
         now = self._clock()
@@ -5810,7 +5820,10 @@ class AsyncSQLiteEventStorage(_AsyncStorage):
         await self.log_many([event])
 
     async def log_many(self, events: Iterable[TaskEvent]) -> None:
-        """Add events in one transaction, all or nothing, in this order."""
+        """Add events in one transaction, all or nothing, in this order.
+
+        Raises: `SerializationError` of their details, then none was added.
+        """
         rows = [_event_parameters(event, self._serializer) for event in events]
         await self._put(INSERT_EVENT, rows)
 
@@ -5865,7 +5878,10 @@ class AsyncSQLiteEventStorage(_AsyncStorage):
         return AsyncEventFollower(self, _cursor_number(after))
 
     async def purge(self, *, older_than: float) -> int:
-        """Delete events older than so many seconds; return how many."""
+        """Delete events older than so many seconds; return how many.
+
+        One transaction for each thousand.
+        """
         _check_values(older_than=older_than)
         before = self._clock() - older_than
         return await self._delete_in_steps(PURGE_EVENTS, before=before)
@@ -6711,7 +6727,8 @@ class AsyncSQLiteBackend(_AsyncStorage):
         carry the same `unique_key`.
 
         Raises: `LeaseLostError` when the claim is no longer yours;
-        `SerializationError`; `DuplicateTaskError`. Then nothing was changed.
+        `SerializationError`; `DuplicateTaskError`. Where queue and results share a
+        file, nothing was changed then.
         """
         _check_lease(task)
         await self._complete([(task, value)], enqueue)
@@ -6807,7 +6824,7 @@ class AsyncSQLiteBackend(_AsyncStorage):
         """End an attempt as failed; store a result if it was the last one.
 
         Returns `SCHEDULED` (runs again) or `FAILED`. The parameters are those of
-        the queue's `fail`.
+        the queue's `fail`. One commit, or the result first, as in `complete`.
 
         Raises: `LeaseLostError` when the claim is no longer yours.
         """
