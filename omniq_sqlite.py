@@ -2968,8 +2968,8 @@ class _Database:
         self.writer = _Pool(self, 1, writable=True)
         self.checkpointer = _Pool(self, 1, writable=True)
         self.readers = _Pool(self, options.readers, writable=False)
-        self.watch = _Bell(self)
-        self.pools = (self.writer, self.checkpointer, self.readers, self.watch.pool)
+        self.bell = _Bell(self)
+        self.pools = (self.writer, self.checkpointer, self.readers, self.bell.pool)
         self.reset()
         weakref.finalize(self, _dispose, self.connections, self.threads).atexit = False
         with _databases_lock:
@@ -2986,7 +2986,7 @@ class _Database:
         self.leader: _Operation[Any] | None = None
         self.committing = False
         self.threads.clear()
-        self.watch.reset()
+        self.bell.reset()
         for pool in self.pools:
             pool.reset()
 
@@ -3443,7 +3443,7 @@ class _Database:
         """
         if self.committing:
             self.commits_since_checkpoint += 1
-            self.watch.ring()
+            self.bell.ring()
         at_once: list[_Operation[Any]] = []
         durable: list[_Operation[Any]] = []
         for operation in group:
@@ -3590,7 +3590,7 @@ class _Database:
             if self.closed_reason is not None:
                 return
             self.closed_reason = "it was closed"
-        self.watch.ring()
+        self.bell.ring()
         limit = time.monotonic() + timeout
         with self.gate:
             while self._is_in_use() and time.monotonic() < limit:
@@ -4033,37 +4033,37 @@ class _DirectGateway:
         """Return when something was committed since `seen`, or at the latest then.
 
         `timeout`: seconds; `due`: the time on the clock; `None` (or inf): never. May
-        return early: look again. Read `seen` (`watch.generation`) before looking.
+        return early: look again. Read `seen` (`bell.generation`) before looking.
         """
         woken = _Latch()
         waiter = _Waiter(due, woken)
         patience = self.database.patience(timeout, due)
-        watch = self.database.watch
-        if not watch.register(waiter, seen):
+        bell = self.database.bell
+        if not bell.register(waiter, seen):
             return
         polls = False
         try:
-            polls = watch.take_over()
+            polls = bell.take_over()
             self._wait(woken, patience, polls=polls)
         finally:
-            watch.unregister(waiter)
+            bell.unregister(waiter)
             if polls:
-                watch.hand_over()
+                bell.hand_over()
 
     def _wait(self, woken: _Latch, timeout: float, *, polls: bool) -> None:
         """Wait in slices, of which each sees a Ctrl-C and a fork."""
-        watch = self.database.watch
+        bell = self.database.bell
         limit = time.monotonic() + timeout
         longest = math.inf if _recorded() is None else _INTERRUPT_INTERVAL
         generation = self.database.generation
         while self.database.generation == generation:  # else a child looks again
             _check_interrupts()
             if polls:
-                watch.poll()
+                bell.poll()
                 if woken.wait(0.0):
                     return
             length = max(0.0, min(longest, limit - time.monotonic()))
-            woke = watch.pause(woken.wait, length) if polls else woken.wait(length)
+            woke = bell.pause(woken.wait, length) if polls else woken.wait(length)
             if woke or length == 0.0:
                 return
 
@@ -4244,12 +4244,12 @@ class _AsyncGateway:
         loop = _running_loop()
         future: asyncio.Future[None] = loop.create_future()
         waiter = _Waiter(due, partial(_call_soon, loop, _set_result, future, None))
-        watch = self.database.watch
+        bell = self.database.bell
         self.database.check_open()
         patience = self.database.patience(timeout, due)
         if self.database.memory and due is not None:
             patience = min(patience, POLL_INTERVAL)  # the clock may be moved
-        if not watch.register(waiter, seen):
+        if not bell.register(waiter, seen):
             return
         timer = None
         try:
@@ -4261,23 +4261,23 @@ class _AsyncGateway:
         finally:
             if timer is not None:
                 timer.cancel()
-            watch.unregister(waiter)
+            bell.unregister(waiter)
 
     def _start_watching(self) -> None:
         with self.database.gate:
-            if self.database.watch.take_over():
+            if self.database.bell.take_over():
                 self._watcher = self._running(self._watcher)
                 self._watcher.submit(self._keep_watching)
 
     def _keep_watching(self) -> None:
         """Poll for as long as anybody waits; on the watcher's thread."""
-        watch = self.database.watch
+        bell = self.database.bell
         while True:
-            watch.poll()
-            watch.pause(time.sleep, _LAST_LOOK)
-            with watch.lock:
-                if not watch.waiters:
-                    watch.polled = False
+            bell.poll()
+            bell.pause(time.sleep, _LAST_LOOK)
+            with bell.lock:
+                if not bell.waiters:
+                    bell.polled = False
                     return
 
     async def open(self) -> None:
@@ -5092,7 +5092,7 @@ class AsyncSQLiteQueue(_AsyncStorage):
         while True:
             if worker is not None:
                 self._note_worker(worker, names)
-            seen = self._gateway.database.watch.generation
+            seen = self._gateway.database.bell.generation
             claimed = await self._claim(_Claim(self, names, limit, lease, worker))
             left = deadline - time.monotonic()
             if claimed.tasks or (left <= 0 and not claimed.more):
@@ -5686,7 +5686,7 @@ class AsyncSQLiteResultStorage(_AsyncStorage):
         _check_optional(timeout=timeout)
         deadline = _deadline(timeout)
         while True:
-            seen = self._gateway.database.watch.generation
+            seen = self._gateway.database.bell.generation
             if (result := await self.get(task_id)) is not None:
                 return result
             left = _time_left(deadline, task_id, timeout)
@@ -5919,7 +5919,7 @@ class AsyncEventFollower:
         while not self._closed:
             if self._ready:
                 return self._ready.popleft()
-            seen = gateway.database.watch.generation
+            seen = gateway.database.bell.generation
             events = await self._storage.query(
                 after=str(self._after), limit=_FOLLOW_BATCH
             )
@@ -5936,7 +5936,7 @@ class AsyncEventFollower:
 
     def _end(self) -> None:
         self._closed = True
-        self._storage._gateway.database.watch.ring()
+        self._storage._gateway.database.bell.ring()
 
 
 # =============================================================================
@@ -7051,7 +7051,7 @@ class AsyncResultStream:
     async def _wait(self) -> None:
         """Find out what has ended; wait for a commit or a due time if nothing has."""
         backend = self._backend
-        seen = backend._main_gateway().database.watch.generation
+        seen = backend._main_gateway().database.bell.generation
         live = await backend._live(self._waiting)
         now = backend._clock()
         self._ended.extend(i for i in self._waiting if live.get(i, 0.0) <= now)

@@ -220,8 +220,8 @@ def database_of(thing: Any) -> Any:
 
 async def in_wait(thing: Any, count: int = 1) -> None:
     """Go on once so many calls of this object wait for a commit."""
-    watch = database_of(thing).watch
-    await soon(lambda: len(watch.waiters) >= count)
+    bell = database_of(thing).bell
+    await soon(lambda: len(bell.waiters) >= count)
 
 
 class Api:
@@ -3262,7 +3262,7 @@ class TestWaking:
         with SQLiteQueue(path) as queue:
             for _ in range(5):
                 threads.start(partial(queue.dequeue, timeout=None))
-            until(lambda: len(database_of(queue).watch.waiters) == 5)
+            until(lambda: len(database_of(queue).bell.waiters) == 5)
             self.judge_cost(time.sleep)
         with pytest.raises(StorageClosedError):
             threads.join()
@@ -3272,7 +3272,7 @@ class TestWaking:
             waiting = [
                 asyncio.ensure_future(queue.dequeue(timeout=None)) for _ in range(5)
             ]
-            await soon(lambda: len(database_of(queue).watch.waiters) == 5)
+            await soon(lambda: len(database_of(queue).bell.waiters) == 5)
             self.judge_cost(time.sleep)  # the polling is another thread's
         done = await asyncio.gather(*waiting, return_exceptions=True)
         assert {type(error) for error in done} == {StorageClosedError}
@@ -3314,7 +3314,7 @@ class TestWaking:
         self, path: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         slept: list[float] = []
-        bell = database_of(SQLiteQueue(path)).watch
+        bell = database_of(SQLiteQueue(path)).bell
         bell.wal = self.Wal(written=True)
         with monkeypatch.context() as patch:  # nobody sleeps in truth
             patch.setattr(time, "monotonic", lambda: 100.0)
@@ -3324,7 +3324,7 @@ class TestWaking:
         assert slept == pytest.approx([0.0005, 0.0065, 0.0125])
 
     def test_looks_grow_rare_when_nobody_writes(self, path: str) -> None:
-        bell = database_of(SQLiteQueue(path)).watch
+        bell = database_of(SQLiteQueue(path)).bell
         bell.wal = wal = self.Wal(written=False)
         for _ in range(9):
             bell.pause(lambda _: None, 1.0)
@@ -3341,7 +3341,7 @@ class TestWaking:
         self, path: str
     ) -> None:
         with SQLiteQueue(path) as queue:
-            bell = database_of(queue).watch
+            bell = database_of(queue).bell
             bell.poll()
             bell.distance = 0.05
             bell.poll()
@@ -3355,7 +3355,7 @@ class TestWaking:
     ) -> None:
         with SQLiteQueue(path) as queue:
             queue.count_tasks()
-            bell = database_of(queue).watch
+            bell = database_of(queue).bell
             monkeypatch.setattr(bell, "poll", bell.ring)
             monkeypatch.setattr(bell, "pause", None)
             gateway = queue._async._gateway
@@ -3400,7 +3400,7 @@ class TestWaking:
         threads, got = Threads(), []
         with SQLiteQueue(path) as queue, SQLiteQueue(path) as other:
             threads.start(lambda: got.append(queue.dequeue(timeout=9.0)))
-            until(lambda: database_of(queue).watch.waiters)
+            until(lambda: database_of(queue).bell.waiters)
             other.enqueue(Task("f"))
             threads.join()
             assert got[0] is not None
@@ -3412,7 +3412,7 @@ class TestWaking:
         run_here("""
             queue = SQLiteQueue(path)
             queue.count_tasks()
-            bell = queue._async._gateway.database.watch
+            bell = queue._async._gateway.database.bell
             bell.poll()
             first, number = bell.wal, bell.wal._fd
             def child():
@@ -3433,7 +3433,7 @@ class TestWaking:
         with SQLiteQueue(path) as queue:
             for _ in range(3):
                 threads.start(partial(queue.dequeue, "other", timeout=None))
-            until(lambda: len(database_of(queue).watch.waiters) == 3)
+            until(lambda: len(database_of(queue).bell.waiters) == 3)
             with raw(path) as connection:
                 connection.execute("CREATE TABLE noise (x)")
                 spied.clear()
@@ -3456,7 +3456,7 @@ class TestWaking:
         threads, got = Threads(), []
         with SQLiteQueue(path if where == "file" else ":memory:") as queue:
             threads.start(lambda: got.append(queue.dequeue(timeout=DEADLINE)))
-            until(lambda: database_of(queue).watch.waiters)
+            until(lambda: database_of(queue).bell.waiters)
             time.sleep(0.02)
             began = time.monotonic()
             queue.enqueue(Task("f"))
@@ -3471,7 +3471,7 @@ class TestWaking:
         with SQLiteQueue(path) as queue:
             for _ in range(8):
                 leaving.start(partial(queue.dequeue, timeout=0.2))
-            until(lambda: database_of(queue).watch.polled or leaving.have_ended())
+            until(lambda: database_of(queue).bell.polled or leaving.have_ended())
             staying.start(lambda: got.append(queue.dequeue(timeout=DEADLINE)))
             leaving.join()
             with SQLiteQueue(path) as other:
@@ -3485,31 +3485,31 @@ class TestWaking:
     ) -> None:
         """The same, looking at the bell itself: no heir is trusted to go on."""
         with SQLiteQueue(path) as queue:
-            watch = database_of(queue).watch
+            bell = database_of(queue).bell
             woken: list[str] = []
             for name in ("leaving", "staying"):
                 waiter = omniq_sqlite._Waiter(None, partial(woken.append, name))
-                assert watch.register(waiter, watch.generation)
-            assert watch.take_over()
-            assert not watch.take_over()
-            watch.hand_over()
+                assert bell.register(waiter, bell.generation)
+            assert bell.take_over()
+            assert not bell.take_over()
+            bell.hand_over()
             assert sorted(woken) == ["leaving", "staying"]
-            assert watch.take_over()
+            assert bell.take_over()
 
     def test_what_happened_after_the_look_is_not_missed(self, path: str) -> None:
         with SQLiteQueue(path) as queue:
-            watch = database_of(queue).watch
-            seen = watch.generation
+            bell = database_of(queue).bell
+            seen = bell.generation
             queue.enqueue(Task("f"))
             waiter = omniq_sqlite._Waiter(None, nothing)
-            assert not watch.register(waiter, seen)
+            assert not bell.register(waiter, seen)
 
     async def test_a_clock_that_moves_is_seen_in_memory_too(self) -> None:
         now = [1e9]
         async with AsyncSQLiteQueue(":memory:", clock=lambda: now[0]) as queue:
             await queue.enqueue(Task("f"), delay=3600)
             waiting = asyncio.ensure_future(queue.dequeue(timeout=DEADLINE))
-            await soon(lambda: database_of(queue).watch.waiters)
+            await soon(lambda: database_of(queue).bell.waiters)
             now[0] += 3601
             assert await asyncio.wait_for(waiting, DEADLINE / 2) is not None
 
@@ -3534,7 +3534,7 @@ class TestWaking:
         with SQLiteQueue(path, clock=clock) as queue:
             queue.enqueue(Task("f"), delay=9)
             threads.start(partial(queue.dequeue, timeout=DEADLINE))
-            until(lambda: database_of(queue).watch.waiters)
+            until(lambda: database_of(queue).bell.waiters)
             broken = True
             with pytest.raises(ZeroDivisionError):
                 threads.join()
@@ -3609,7 +3609,7 @@ class TestClose:
             waiting = [
                 asyncio.ensure_future(queue.dequeue(timeout=None)) for _ in range(5)
             ]
-            await soon(lambda: len(database_of(queue).watch.waiters) == 5)
+            await soon(lambda: len(database_of(queue).bell.waiters) == 5)
             await queue.close()
             done = await asyncio.gather(*waiting, return_exceptions=True)
             assert [type(error) for error in done] == [StorageClosedError] * 5
@@ -3618,7 +3618,7 @@ class TestClose:
         other = SQLiteQueue(path)
         for _ in range(5):
             threads.start(partial(other.dequeue, timeout=None))
-        await soon(lambda: len(database_of(other).watch.waiters) == 5)
+        await soon(lambda: len(database_of(other).bell.waiters) == 5)
         other.close()
         with pytest.raises(StorageClosedError):
             threads.join()
@@ -3991,7 +3991,7 @@ class TestFork:
                 raise AssertionError("the signal was swallowed")
             pids = []
             def start():
-                while not queue._async._gateway.database.watch.waiters:
+                while not queue._async._gateway.database.bell.waiters:
                     time.sleep(0.001)
                 pids.append(fork(child))
                 SQLiteQueue(path).enqueue(Task("wake"))
@@ -5286,7 +5286,7 @@ class TestFiles:
         await run(queue.enqueue, Task("f"))
         task = await run(queue.dequeue)
         waiting = asyncio.ensure_future(run(queue.dequeue, "none", timeout=None))
-        await soon(lambda: database_of(queue).watch.waiters)
+        await soon(lambda: database_of(queue).bell.waiters)
         os.rename(path, path + ".old")
         if how == "replaced":
             other = SQLiteQueue(path)
@@ -12511,7 +12511,7 @@ class TestStop:
             worker = AsyncWorker(backend, TaskRegistry())
             run = asyncio.create_task(worker.run(signals=False))
             database = database_of(backend.queue)
-            await soon(lambda: database.watch.waiters)
+            await soon(lambda: database.bell.waiters)
             with monkeypatch.context() as patch:
                 patch.setattr(database, "_begin", lambda _: False)  # as if it were busy
                 SQLiteQueue(path).enqueue(Task("f"))
