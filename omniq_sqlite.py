@@ -6910,8 +6910,9 @@ class AsyncSQLiteBackend(_AsyncStorage):
         return await ours._settle_queue(task.queue) > 0
 
     def _main_gateway(self) -> _Gateway:
-        ours = isinstance(self._queue, AsyncSQLiteQueue)
-        return cast(_AsyncStorage, self._queue if ours else self)._gateway
+        """Return the gateway of the queue, or of this object for another engine's."""
+        queue = self._queue
+        return (queue if isinstance(queue, AsyncSQLiteQueue) else self)._gateway
 
     async def _wait_for(
         self, live: Mapping[str, float], seen: int, left: float
@@ -7456,9 +7457,9 @@ class ResultStream:
 
 def _twin_of(cls: Any, storage: Any, given: Any) -> Any:
     """Return the blocking form of a part: the very object that was given, if any."""
-    if storage is None or _is_ready(given):
-        return storage and given
-    return cls._over(storage, storage._arguments)
+    if storage is None:
+        return None
+    return given if _is_ready(given) else cls._over(storage, storage._arguments)
 
 
 # =============================================================================
