@@ -10512,9 +10512,9 @@ def _element(name: str, *content: object, **attributes: object) -> _Html:
 
 
 def _section(key: str, title: str, *content: object, wide: bool = True) -> _Html:
-    heading = _element("h2", title, id=f"{key}-title")
-    terms = {"class": "wide"} if wide else {}
     label = f"{key}-title"
+    heading = _element("h2", title, id=label)
+    terms = {"class": "wide"} if wide else {}
     return _element(
         "section", heading, *content, id=key, aria_labelledby=label, **terms
     )
