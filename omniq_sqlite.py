@@ -3172,10 +3172,10 @@ class _Database:
             self.check_identity()
         except DatabaseReplacedError as replaced:
             return replaced
-        return self._translate_code(error, str(error))
+        return self._translate_code(error)
 
-    def _translate_code(self, error: sqlite3.Error, text: str) -> BaseException:
-        code = getattr(error, "sqlite_errorcode", None) or 0
+    def _translate_code(self, error: sqlite3.Error) -> BaseException:
+        code, text = getattr(error, "sqlite_errorcode", None) or 0, str(error)
         match code & 0xFF:
             case sqlite3.SQLITE_FULL:
                 return DatabaseFullError(self.path)
@@ -3293,7 +3293,7 @@ class _Database:
         if waiting and waiting[0].alone:
             del waiting[1:]
         answered = [
-            r for r in waiting if not r.looked and not self._look_one(connection, r)
+            o for o in waiting if not o.looked and not self._look_one(connection, o)
         ]
         if answered:
             self._take(answered)
@@ -3316,13 +3316,13 @@ class _Database:
     def _take(self, group: list[_Operation[Any]]) -> None:
         """Take operations off the list; those that were withdrawn leave the group."""
         with self.queue_lock:
-            group[:] = [r for r in group if not r.taken and not r.done]
+            group[:] = [o for o in group if not o.taken and not o.done]
             for operation in group:
                 operation.taken = True
             if len(group) == len(self.pending):
                 self.pending.clear()
             else:
-                self.pending = collections.deque(r for r in self.pending if not r.taken)
+                self.pending = collections.deque(o for o in self.pending if not o.taken)
 
     def _put_back(self, group: Iterable[_Operation[Any]]) -> None:
         """Let them wait for the next transaction; what they saw still counts.
@@ -3330,7 +3330,7 @@ class _Database:
         Otherwise 1,000 claims at once made 6,486 looks.
         """
         with self.queue_lock:
-            waiting = [r for r in group if r.taken and not r.done]
+            waiting = [o for o in group if o.taken and not o.done]
             for operation in waiting:
                 operation.taken, operation.looked = False, True
                 operation.result = operation.error = None
@@ -3423,7 +3423,7 @@ class _Database:
 
     def _break_up(self, group: list[_Operation[Any]], error: BaseException) -> None:
         """Run each alone after a failed transaction: each gets its own error."""
-        if isinstance(error, Exception) and not any(r.taken for r in group):
+        if isinstance(error, Exception) and not any(o.taken for o in group):
             self._refuse(group, error)  # it did not even begin
         elif isinstance(error, Exception) and len(group) == 1:
             self._set_error(group[0], error)
@@ -3494,7 +3494,7 @@ class _Database:
     def _refuse_late(self, group: list[_Operation[Any]]) -> None:
         """Nothing was changed for those that have waited long enough."""
         now = time.monotonic()
-        late = [r for r in group if now - r.since >= self.options.busy_timeout]
+        late = [o for o in group if now - o.since >= self.options.busy_timeout]
         self._take(late)
         for operation in late:
             operation.error = DatabaseBusyError(self.path, now - operation.since)
