@@ -543,8 +543,9 @@ _Rule = tuple[str, Callable[[Any], bool]]
 """What a value must be: in words, and as a test."""
 
 
-def _number(minimum: float = 0.0, maximum: float = 1e11) -> _Rule:
+def _number(minimum: float = 0.0) -> _Rule:
     """Rule of a duration or another float; the bound keeps dates within a year 9999."""
+    maximum = 1e11
     return (
         f"a number from {minimum:g} to {maximum:g}",
         lambda value: (
