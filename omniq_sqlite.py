@@ -2941,6 +2941,12 @@ class _Waiter:
         self.wake = wake
 
 
+_FORKED = "the process was forked inside an operation"
+
+_connection_factory: Callable[..., sqlite3.Connection] = sqlite3.connect
+"""What opens a connection; replaced by tests that inject faults."""
+
+
 class _Database:
     """One file for one object: its connections, its schema and its commits.
 
@@ -3609,12 +3615,6 @@ class _Database:
 
     def _is_in_use(self) -> bool:
         return bool(self.pending) or any(pool.used for pool in self.pools)
-
-
-_FORKED = "the process was forked inside an operation"
-
-_connection_factory: Callable[..., sqlite3.Connection] = sqlite3.connect
-"""What opens a connection; replaced by tests that inject faults."""
 
 
 # -- Schema --
@@ -7126,6 +7126,9 @@ def _check_part(part: object, name: str) -> object:
     )
 
 
+_INCREMENTAL_VACUUM = f"PRAGMA main.incremental_vacuum({_VACUUM_PAGES})"
+
+
 def _give_back_pages(connection: sqlite3.Connection) -> int:
     """Give free pages back where this module made the file; return how many."""
     [(mode,)] = connection.execute("PRAGMA main.auto_vacuum").fetchall()
@@ -7134,9 +7137,6 @@ def _give_back_pages(connection: sqlite3.Connection) -> int:
         return 0
     connection.execute(_INCREMENTAL_VACUUM).fetchall()
     return min(int(free), _VACUUM_PAGES)
-
-
-_INCREMENTAL_VACUUM = f"PRAGMA main.incremental_vacuum({_VACUUM_PAGES})"
 
 
 def _back_up(connection: sqlite3.Connection, target: str) -> None:
@@ -7187,6 +7187,9 @@ def _count_unguarded(path: str) -> int:
     return count
 
 
+_CREATED = re.compile(r"^CREATE [A-Z ]+ main\.(\w+)", re.MULTILINE)
+
+
 def _missing_objects(
     connection: sqlite3.Connection, components: Sequence[str]
 ) -> list[str]:
@@ -7195,9 +7198,6 @@ def _missing_objects(
     wanted = {_CREATED.findall(statement)[0] for statement in statements}
     rows = connection.execute(SELECT_OBJECT_NAMES).fetchall()
     return [f"{name} is missing" for name in sorted(wanted - {n for (n,) in rows})]
-
-
-_CREATED = re.compile(r"^CREATE [A-Z ]+ main\.(\w+)", re.MULTILINE)
 
 
 def _is_dead(pid: int) -> bool:
@@ -9729,6 +9729,7 @@ _STATE_AFTER = {
 _STATE_BEFORE = {
     "enqueued": "", "dequeued": "waiting", "cancelled": "waiting", "expired": "waiting"
 }  # fmt: skip
+_OUTCOMES = (EventType.COMPLETED, EventType.RETRY, EventType.FAILED)  # of an attempt
 
 
 class _History:
@@ -9772,9 +9773,6 @@ class _History:
         """Return how often an attempt ended in each way."""
         counts = collections.Counter(kind for _, kind, _, _ in self.steps)
         return {str(kind): counts[kind] for kind in _OUTCOMES}
-
-
-_OUTCOMES = (EventType.COMPLETED, EventType.RETRY, EventType.FAILED)
 
 
 def _func_of(details: str) -> str:
@@ -11083,6 +11081,9 @@ def _run_serve(options: argparse.Namespace) -> int:
     return 0
 
 
+_LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+
 def _is_our_host(header: str | None, host: str) -> bool:
     """Tell whether a request was meant for us, by its `Host`.
 
@@ -11101,9 +11102,6 @@ def _is_our_host(header: str | None, host: str) -> bool:
     return address.is_loopback or host not in _LOOPBACK
 
 
-_LOOPBACK = ("127.0.0.1", "localhost", "::1")
-
-
 def _make_server(host: str, port: int, page: _LivePage) -> Any:
     import http.server
     import socketserver
@@ -11120,6 +11118,14 @@ def _make_server(host: str, port: int, page: _LivePage) -> Any:
             self.server_name, self.server_port = host, self.socket.getsockname()[1]
 
     return Server((host, port), _make_handler(host, page))
+
+
+_HEADERS = {
+    "Cache-Control": "no-store",
+    "Content-Security-Policy": "frame-ancestors 'none'",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "X-Content-Type-Options": "nosniff",
+}
 
 
 def _make_handler(host: str, page: _LivePage) -> Any:
@@ -11164,14 +11170,6 @@ def _make_handler(host: str, page: _LivePage) -> Any:
             """Say nothing of each request."""
 
     return Handler
-
-
-_HEADERS = {
-    "Cache-Control": "no-store",
-    "Content-Security-Policy": "frame-ancestors 'none'",
-    "Cross-Origin-Resource-Policy": "same-origin",
-    "X-Content-Type-Options": "nosniff",
-}
 
 
 # -- options --
