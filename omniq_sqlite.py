@@ -849,9 +849,9 @@ class TaskEvent(_Shown):
     """Something that happened, to a task or not. `id` is set by the storage.
 
     `type`: an `EventType`, or a text of your own. In the events of tasks `message`
-    is the error, and `details` has the `attempt`, at a claim the `func`, and of a
-    retry its `delay` in seconds. `id` is an opaque cursor: good for `after=`, never
-    used twice.
+    is the error, and `details` has, where who claimed it was the cause, the
+    `attempt`, at a claim the `func`, and of a retry its `delay` in seconds. `id` is
+    an opaque cursor: good for `after=`, never used twice.
     """
 
     _brief = ("id", "at", "type", "task_id", "queue", "worker", "message")
