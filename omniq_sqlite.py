@@ -5450,7 +5450,7 @@ class AsyncSQLiteQueue(_AsyncStorage):
         settled = 0
         for (name,) in await self._rows(SELECT_DUE_QUEUES, now=self._clock()):
             settled += await self._settle_queue(name)
-        deleted = await _in_steps(_SETTLE_LIMIT, partial(self._write, _delete_kept))
+        deleted = await _in_steps(_SETTLE_LIMIT, partial(self._write, _delete_old))
         return {"settled": settled, "tasks": deleted}
 
     async def _settle_queue(self, name: str) -> int:
@@ -5460,7 +5460,8 @@ class AsyncSQLiteQueue(_AsyncStorage):
         return await _in_steps(_SETTLE_LIMIT, partial(self._write, settle))
 
 
-def _delete_kept(change: _Change) -> int:
+def _delete_old(change: _Change) -> int:
+    """Forget workers that were not seen for long, and delete tasks past retention."""
     change.rows(DELETE_OLD_WORKERS, before=change.now - _FORGET_WORKER_AFTER)
     return len(change.rows(DELETE_KEPT, limit=_SETTLE_LIMIT))
 
@@ -6933,8 +6934,9 @@ class AsyncSQLiteBackend(_AsyncStorage):
         """Do what is due, in small transactions, and return how much of each.
 
         Tasks that time has ended are settled, completed tasks past `retention`,
-        expired results and old events are deleted, and free pages of files that
-        this module made are given back, some at a time.
+        expired results, old events and workers that were not seen for a day are
+        deleted, and free pages of files that this module made are given back, some
+        at a time.
         """
         done = {"settled": 0, "tasks": 0, "results": 0, "events": 0, "pages": 0}
         if isinstance(self._queue, AsyncSQLiteQueue):
