@@ -2446,6 +2446,7 @@ _QUICK = 0.001  # seconds in which it can hardly grow (not to look saves 3 of 90
 _QUICK_COMMITS = 16  # commits as quick as that between two looks at its size
 _WAL_KEPT_BYTES = 16 * 2**20  # size to which a WAL that was reset is cut
 _INTERRUPT_INTERVAL = 0.05  # seconds between two looks for a recorded SIGINT
+_LOST_WAKE = 2.0  # seconds until a thread looks whether an exception hit its waker
 _FIRST_LOOK = 0.0005  # seconds after a write to the WAL; the next at double distances
 _LAST_LOOK = 0.05  # seconds between two looks when nobody writes, in case one is missed
 _LOOKS_APART = 0.006  # seconds between two looks when others write all the time
@@ -2544,6 +2545,18 @@ def _wal_of(path: str) -> str:
     return os.path.realpath(path) + "-wal"
 
 
+def _is_alien(error: BaseException) -> bool:
+    """Tell whether no operation raised it, but a signal handler of the program.
+
+    Such an error is of the main thread, whoever's operation it has hit there.
+    """
+    if not isinstance(error, Exception):
+        return True
+    ours = (OmniQError, sqlite3.Error, UnicodeDecodeError, MemoryError)
+    in_main = threading.get_ident() == threading.main_thread().ident
+    return in_main and not isinstance(error, ours)
+
+
 def _is_busy(error: BaseException) -> bool:
     code = getattr(error, "sqlite_errorcode", None)
     return code is not None and code & 0xFF in (
@@ -2601,6 +2614,7 @@ class _Operation(Generic[T]):
     taken = False  # off the list, into a transaction
     alone = False  # its group was lost: runs in a transaction of its own
     done = False
+    unflushed = False  # committed, but perhaps not for ever: `error` says so
     result: Any = None
     error: BaseException | None = None
 
@@ -2626,12 +2640,12 @@ class _Operation(Generic[T]):
         raise NotImplementedError
 
     def must_flush(self) -> bool:
-        """Tell whether the outcome must outlive a power cut."""
-        return self.flush
+        """Tell whether the outcome must outlive a power cut; a broken file's not."""
+        return self.flush and not isinstance(self.error, _FileError)
 
     @property
     def succeeded(self) -> bool:
-        return self.taken and self.done and self.error is None
+        return self.taken and self.done and (self.error is None or self.unflushed)
 
     def outcome(self) -> T:
         if self.error is not None:
@@ -2708,6 +2722,10 @@ class _Pool:
         database, ident = self.database, threading.get_ident()
         try:
             with database.gate:
+                if ident in self.used:  # an exception of a signal hit `__exit__`
+                    left = self.used.pop(ident)
+                    if left is not None:
+                        self.idle.append(left)
                 while len(self.used) >= self.size or (
                     database.resting
                     and not any(ident in p.used for p in database.pools)
@@ -2778,6 +2796,7 @@ class _Wal(_Descriptor):
 
     def __init__(self, connection: sqlite3.Connection, path: str) -> None:
         self.connection = connection
+        self.failed = False
         self._fd = os.open(path, os.O_RDWR)
 
     def flush(self) -> None:
@@ -2919,9 +2938,10 @@ class _Bell:
         A write to the WAL shows before the commit does, so there are several looks
         after one. Writers that never rest do not keep the one that looks busy.
         """
-        if self.wal is None:
+        wal = self.wal  # a close takes it away
+        if wal is None:
             return sleep(min(timeout, POLL_INTERVAL))
-        if not self.wal.wait(min(timeout, self.distance)):
+        if not wal.wait(min(timeout, self.distance)):
             self.distance = min(2 * self.distance, _LAST_LOOK)
             return sleep(0.0)
         self.distance = _FIRST_LOOK
@@ -3015,6 +3035,13 @@ class _Database:
         connection = self.retry(partial(self._try_connect, writable))
         self.connections.add(connection)
         return connection
+
+    def close_lost(self) -> None:
+        """Close what an exception has kept from going back to its pool."""
+        used = {id(c) for pool in self.pools for c in pool.used.values()}
+        for connection in list(self.connections):
+            if id(connection) not in used:
+                self.disconnect(connection)
 
     def disconnect(self, connection: sqlite3.Connection) -> None:
         self.connections.discard(connection)
@@ -3256,10 +3283,11 @@ class _Database:
     def withdraw(self, operation: _Operation[Any]) -> bool:
         """Take back an operation that is in no transaction yet; tell whether it was."""
         with self.queue_lock:
-            withdrawn = not operation.taken and operation in self.pending
-            if withdrawn:
-                self.pending.remove(operation)
+            withdrawn = not operation.taken
+            if withdrawn:  # if it is not on the list, an exception hit `enlist`
                 operation.done = True
+                if operation in self.pending:
+                    self.pending.remove(operation)
             return withdrawn
 
     def hand_over(self) -> None:
@@ -3279,7 +3307,9 @@ class _Database:
                     group = self._look(connection)
                     if not group or self._commit(connection, group):
                         break
-            except Exception as error:  # noqa: BLE001 (it is everybody's outcome)
+            except Exception as error:
+                if _is_alien(error):
+                    raise
                 self._refuse(group or list(self.pending), error)
                 break
             since = group[0].since
@@ -3313,7 +3343,9 @@ class _Database:
         """Tell whether there is something to write; else set the outcome."""
         try:
             operation.result = operation.look(connection)
-        except Exception as error:  # noqa: BLE001 (it is the caller's outcome)
+        except Exception as error:
+            if _is_alien(error):
+                raise
             if _is_busy(error):
                 return True  # the transaction will tell
             self._set_error(operation, error)
@@ -3362,7 +3394,7 @@ class _Database:
             else:
                 self._roll_back(connection)
                 self._break_up(group, error)
-            if not isinstance(error, Exception):
+            if _is_alien(error):
                 raise
         finally:
             self.committing = False
@@ -3391,8 +3423,13 @@ class _Database:
                 del group[ran:]
                 break
         if None in [operation.error for operation in group]:
+            if self.flushes and any(o.must_flush() for o in group if o.error is None):
+                self._open_wal(connection)  # while nothing is lost if that fails
             self.committing = True
-            connection.execute("COMMIT")
+            try:
+                connection.execute("COMMIT")
+            except MemoryError as error:  # SQLite had none, and has rolled back
+                raise sqlite3.OperationalError("out of memory") from error
         else:
             self._roll_back(connection)
 
@@ -3405,6 +3442,8 @@ class _Database:
                 connection.execute("SAVEPOINT omniq")
             operation.result = operation.run(connection)
         except Exception as error:
+            if _is_alien(error):
+                raise
             # SQLite may have ended the whole transaction (a full disk does that).
             clean = savepoint or alone or isinstance(error, OmniQError)
             if not clean or not connection.in_transaction:
@@ -3415,7 +3454,7 @@ class _Database:
         if savepoint:
             connection.execute("RELEASE omniq")
 
-    def _set_error(self, operation: _Operation[Any], error: Exception) -> None:
+    def _set_error(self, operation: _Operation[Any], error: BaseException) -> None:
         operation.error = self.translate(error)
         if operation.error is not error:
             operation.error.__cause__ = error
@@ -3430,9 +3469,10 @@ class _Database:
 
     def _break_up(self, group: list[_Operation[Any]], error: BaseException) -> None:
         """Run each alone after a failed transaction: each gets its own error."""
-        if isinstance(error, Exception) and not any(o.taken for o in group):
+        alien = _is_alien(error)
+        if not alien and not any(o.taken for o in group):
             self._refuse(group, error)  # it did not even begin
-        elif isinstance(error, Exception) and len(group) == 1:
+        elif not alien and len(group) == 1:
             self._set_error(group[0], error)
             self._deliver(group)
         else:
@@ -3474,16 +3514,35 @@ class _Database:
             self.check_identity()
         except OmniQError as error:
             for operation in group:
+                operation.unflushed = operation.error is None
                 operation.error = copy.copy(error)
         self._deliver(group)
 
+    def _open_wal(self, connection: sqlite3.Connection) -> _Wal:
+        """Return what flushes the WAL of a connection, unless that failed before.
+
+        The system tells of such a failure once, and may take what it could not
+        write for written. What comes behind such a hole would be lost with it.
+        """
+        if self.wal is None or self.wal.connection is not connection:
+            try:
+                self.wal = _Wal(connection, self.wal_path)
+            except OSError as error:
+                raise self.translate(error) from error
+        if self.wal.failed:
+            reason = "its WAL could not be flushed; when the disk is well again, close"
+            raise DatabaseAccessError(
+                self.path, f"{reason} this object and open a new one"
+            )
+        return self.wal
+
     def _flush(self, connection: sqlite3.Connection) -> None:
         """Wait until the disk has the WAL with all that was committed."""
+        wal = self._open_wal(connection)
         try:
-            if self.wal is None or self.wal.connection is not connection:
-                self.wal = _Wal(connection, self.wal_path)
-            self.wal.flush()
+            wal.flush()
         except OSError as error:
+            wal.failed = True
             reason = "what was just written may not outlive a power cut, as its WAL"
             reason += f" cannot be flushed: {error.strerror}"
             raise DatabaseAccessError(self.path, reason) from error
@@ -3565,13 +3624,17 @@ class _Database:
         ident = threading.get_ident()
         self.resting = True
         while any(other != ident for pool in self.pools for other in pool.used):
-            self.freed.wait()
+            try:
+                self.freed.wait()
+            except BaseException as error:  # noqa: BLE001 (it would not stop the fork)
+                logger.warning("dropped, because a fork is under way: %r", error)
         self.resting = False
         self.freed.notify_all()
         if self.memory:
             return
         for pool in self.pools:
             pool.close()
+        self.close_lost()
         for thread in [t for t in self.threads if t.outstanding == 0]:
             thread.stop()
             self.threads.remove(thread)
@@ -3605,6 +3668,8 @@ class _Database:
             self.ended = True
             for pool in self.pools:
                 pool.close()
+            self.close_lost()
+            self.bell.wal = None
         error = SystemExit() if _exiting else StorageClosedError(self.path)
         self._refuse(list(self.pending), error)
         for thread in self.threads:
@@ -3993,7 +4058,7 @@ class _DirectGateway:
         """Wait for the outcome or the lead; a Ctrl-C takes back what has not begun."""
         interrupts = _recorded()
         if interrupts is None:
-            woken.wait()
+            woken.wait(_LOST_WAKE)
         elif (
             not woken.wait(_INTERRUPT_INTERVAL)
             and interrupts.pending
@@ -4010,7 +4075,7 @@ class _DirectGateway:
             or database.leader is operation
             or database.withdraw(operation)
         ):
-            woken.wait()  # it is in a transaction of another thread
+            woken.wait(_LOST_WAKE)  # it is in a transaction of another thread
         if database.leader is operation:
             if not operation.done:
                 database.withdraw(operation)
@@ -4038,7 +4103,7 @@ class _DirectGateway:
         """
         woken = _Latch()
         waiter = _Waiter(due, woken)
-        patience = self.database.patience(timeout, due)
+        patience = min(_LOST_WAKE, self.database.patience(timeout, due))
         bell = self.database.bell
         if not bell.register(waiter, seen):
             return
@@ -4171,6 +4236,8 @@ class _AsyncGateway:
             if future.done() and not future.cancelled():
                 operation.drop()  # it has come already
             raise
+        if operation.unflushed:
+            operation.drop()
         return operation.outcome()
 
     def _enlist(self, operation: _Operation[Any]) -> None:
@@ -4214,6 +4281,8 @@ class _AsyncGateway:
             return database.read(function)
         database.check_open()
         with database.gate:  # a fork in between would end the thread
+            if database.ended:  # so would a close
+                database.check_open()
             call = partial(database.read, function)
             answer = _answer(_running_loop(), self._reader(), call)
         return await answer
@@ -4266,8 +4335,8 @@ class _AsyncGateway:
 
     def _start_watching(self) -> None:
         with self.database.gate:
+            self._watcher = self._running(self._watcher)  # it may not start
             if self.database.bell.take_over():
-                self._watcher = self._running(self._watcher)
                 self._watcher.submit(self._keep_watching)
 
     def _keep_watching(self) -> None:
@@ -4293,9 +4362,13 @@ class _AsyncGateway:
         if not database.threads:
             database.shut(timeout)
             return
-        with database.gate:
-            call = partial(database.shut, timeout)
-            closed = _answer(_running_loop(), self._running(None), call)
+        try:
+            for _ in range(2):  # who was cancelled just now gives back its claim first
+                await asyncio.sleep(0)
+        finally:
+            with database.gate:
+                call = partial(database.shut, timeout)
+                closed = _answer(_running_loop(), self._running(None), call)
         await closed
 
 
@@ -6961,11 +7034,18 @@ class AsyncSQLiteBackend(_AsyncStorage):
         The copy is the file as it was at one instant, readable by its owner only.
         Parts on other files are not in it.
 
-        Raises: `DatabaseAccessError`, an `OSError`, if `path` exists.
+        Raises: `FileExistsError` if `path` exists; another `OSError` if it cannot
+        be written.
         """
         target = _absolute(path)
         _check(target != ":memory:", "path", "the path of a new file", path)
-        await self._main_gateway().read(lambda source: _back_up(source, target))
+        _create_target(target)
+        try:
+            await self._main_gateway().read(lambda source: _back_up(source, target))
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(target)  # half a copy
+            raise
 
     async def check(self) -> list[Finding]:
         """Look for what is wrong with the files and the queue; empty if nothing is.
@@ -7141,15 +7221,18 @@ def _give_back_pages(connection: sqlite3.Connection) -> int:
     return min(int(free), _VACUUM_PAGES)
 
 
-def _back_up(connection: sqlite3.Connection, target: str) -> None:
-    if os.path.exists(target):
-        raise FileExistsError(f"the backup {target!r} exists already")
-    _create_file(target)
-    copy_of = sqlite3.connect(target, isolation_level=None)
+def _create_target(path: str) -> None:
+    if os.path.exists(path):
+        raise FileExistsError(f"{path!r} exists; give the backup another name")
     try:
+        _create_file(path)
+    except OSError as error:
+        raise DatabaseAccessError(path, error.strerror or str(error)) from error
+
+
+def _back_up(connection: sqlite3.Connection, target: str) -> None:
+    with contextlib.closing(sqlite3.connect(target, isolation_level=None)) as copy_of:
         connection.backup(copy_of)
-    finally:
-        copy_of.close()
 
 
 def _check_file(database: _Database, connection: sqlite3.Connection) -> list[Finding]:
