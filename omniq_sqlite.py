@@ -142,7 +142,6 @@ if TYPE_CHECKING:
     import argparse
     from multiprocessing.connection import Connection
 
-    from anyio.lowlevel import EventLoopToken
 
 __version__ = "0.1.0"
 
@@ -4238,7 +4237,10 @@ class _AsyncGateway:
             raise
         if operation.unflushed:
             operation.drop()
-        return operation.outcome()
+        result = operation.outcome()
+        if undo is not None and (call := _loop_call.get(None)) is not None:
+            call.undo = partial(undo, result)
+        return result
 
     def _enlist(self, operation: _Operation[Any]) -> None:
         """Queue an operation and see that it is served.
@@ -4379,14 +4381,17 @@ def _no_statement(_connection: sqlite3.Connection) -> None:
     """Open the database by an operation that does nothing."""
 
 
-def _running_loop() -> asyncio.AbstractEventLoop:
+_NO_LOOP = (
+    "the Async classes need a running asyncio event loop, because aiosqlite does;"
+    " under trio or without a loop use the blocking twin (in a thread)"
+)
+
+
+def _running_loop(otherwise: str = _NO_LOOP) -> asyncio.AbstractEventLoop:
     try:
         return asyncio.get_running_loop()
     except RuntimeError:
-        raise RuntimeError(
-            "the Async classes need a running asyncio event loop, because aiosqlite"
-            " does; under trio or without a loop use the blocking twin (in a thread)"
-        ) from None
+        raise RuntimeError(otherwise) from None
 
 
 def _answer(
@@ -4423,6 +4428,71 @@ def _set_result(future: asyncio.Future[Any], result: Any) -> None:
 def _set_exception(future: asyncio.Future[Any], error: BaseException) -> None:
     if not future.done():
         future.set_exception(error)
+
+
+_loop_call: contextvars.ContextVar[_LoopCall[Any]]
+_loop_call = contextvars.ContextVar("omniq_loop_call")
+
+
+class _LoopCall(Generic[T]):
+    """A call in the event loop of an async object, for a thread that waits for it.
+
+    As `anyio.from_thread.run`, but a Ctrl-C ends it there, too, and a claim that was
+    made nevertheless is given back.
+    """
+
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        path: str,
+        call: Callable[[], Coroutine[Any, Any, T]],
+    ) -> None:
+        self.undo: Callable[[], None] = _nothing
+        self._loop = loop
+        self._path = path
+        self._call = call
+        self._ended = _Latch()
+        self._job: asyncio.Task[T] | None = None
+
+    def run(self) -> T:
+        """Return the outcome; in the waiting thread, under `_shielded`."""
+        _call_soon(self._loop, self._begin)
+        try:
+            while not self._ended.wait(_INTERRUPT_INTERVAL):
+                self._check_loop()
+                _check_interrupts()
+        except BaseException:
+            _call_soon(self._loop, self._cancel)
+            while not (self._loop.is_closed() or self._ended.wait(_INTERRUPT_INTERVAL)):
+                pass
+            raise
+        finally:
+            _undo[threading.get_ident()] = self.undo
+        assert self._job is not None
+        if self._job.cancelled():
+            raise StorageClosedError(self._path, _LOOP_ENDED)
+        return self._job.result()
+
+    def _check_loop(self) -> None:
+        if self._loop.is_closed():
+            raise StorageClosedError(self._path, _LOOP_ENDED)
+
+    # In the loop.
+
+    def _begin(self) -> None:
+        self._job = self._loop.create_task(self._await())
+        self._job.add_done_callback(lambda _: self._ended())
+
+    async def _await(self) -> T:
+        _loop_call.set(self)
+        return await self._call()
+
+    def _cancel(self) -> None:
+        if self._job is not None:
+            self._job.cancel()
+
+
+_LOOP_ENDED = "its event loop has ended"
 
 
 class _Arrival:
@@ -6032,7 +6102,7 @@ class _Twin(Generic[A]):
 
     _async: A
     _arguments: dict[str, Any]
-    _token: EventLoopToken | None = None
+    _loop: asyncio.AbstractEventLoop | None = None  # of `from_async`
     _loop_thread = 0
     _detached = False
 
@@ -6057,7 +6127,7 @@ class _Twin(Generic[A]):
         leaves the async object open.
         """
         self = cls._over(storage, storage._arguments)
-        self._token = _current_token()
+        self._loop = _running_loop("from_async() must be called where the loop runs")
         self._loop_thread = threading.get_ident()
         return self
 
@@ -6071,12 +6141,16 @@ class _Twin(Generic[A]):
         *args: P.args,
         **kwargs: P.kwargs,
     ) -> T:
-        if self._token is None:
+        if self._loop is None:
             return _shielded(lambda: _drive(method, *args, **kwargs))
         self._check_usable()
-        return _run_in_loop(
-            self._token, self._loop_thread, partial(method, *args, **kwargs)
-        )
+        if threading.get_ident() == self._loop_thread and not self._loop.is_closed():
+            raise RuntimeError(
+                "a twin made by from_async() would block its own event loop here;"
+                " await the async object, or use the twin in another thread"
+            )
+        call = partial(method, *args, **kwargs)
+        return _shielded(_LoopCall(self._loop, self.path, call).run)
 
     @property
     def path(self) -> str:
@@ -6089,13 +6163,13 @@ class _Twin(Generic[A]):
     def __reduce__(self) -> tuple[Any, ...]:
         if self.path == ":memory:":
             raise TypeError(f"{type(self).__name__} on ':memory:' cannot be pickled")
-        if self._token is not None:
+        if self._loop is not None:
             raise TypeError(f"{type(self).__name__} of from_async() is of one loop")
         return _rebuild, (type(self), self.path, self._arguments)
 
     def close(self) -> None:
         """Close what this object opened; what was asked for before is finished."""
-        if self._token is not None:
+        if self._loop is not None:
             self._detached = True
         else:
             self._run(self._async.close)
@@ -6120,32 +6194,6 @@ async def _in_thread(call: Callable[[], T]) -> T:
     return await to_thread.run_sync(call)
 
 
-def _current_token() -> EventLoopToken:
-    from anyio.lowlevel import current_token
-
-    try:
-        return current_token()
-    except Exception:  # noqa: BLE001 -- anyio's class for this is not in old ones
-        raise RuntimeError(
-            "from_async() must be called where the event loop runs"
-        ) from None
-
-
-def _run_in_loop(
-    token: EventLoopToken,
-    loop_thread: int,
-    call: Callable[[], Coroutine[Any, Any, T]],
-) -> T:
-    if threading.get_ident() == loop_thread:
-        raise RuntimeError(
-            "a twin made by from_async() would block its own event loop here;"
-            " await the async object, or use the twin in another thread"
-        )
-    from anyio import from_thread
-
-    return from_thread.run(call, token=token)
-
-
 class _Unblocked:
     """Gives a blocking storage of another engine the form that the core awaits."""
 
@@ -6165,7 +6213,7 @@ def _unblocked(storage: Any) -> Any:
     """Return what the core awaits in the place of a blocking storage."""
     if storage is None:
         return None
-    if isinstance(storage, _Twin) and storage._token is None:
+    if isinstance(storage, _Twin) and storage._loop is None:
         return storage._async
     if isinstance(storage, _AsyncStorage):
         raise TypeError(
@@ -7436,12 +7484,16 @@ class SQLiteBackend(_Twin[AsyncSQLiteBackend]):
 
         On ":memory:", or with ready objects, it shares the connections of this one
         and its `close()` leaves them open.
+
+        Raises: `StorageClosedError` after `close()`.
         """
+        for database in self._async._databases():
+            database.check_open()
         parts = [self._arguments[name] for name in ("queue", "results", "events")]
-        alone = self._token is None and self.path != ":memory:"
+        alone = self._loop is None and self.path != ":memory:"
         if alone and not any(map(_is_ready, parts)):
             return AsyncSQLiteBackend(self.path, **self._arguments)
-        return self._async._shared(in_loops=self._token is None)
+        return self._async._shared(in_loops=self._loop is None)
 
     @property
     def queue(self) -> SQLiteQueue:
@@ -8945,6 +8997,9 @@ class AsyncWorker:
         lifespan: Callable[[], _AnyContext] | None = None,
     ) -> None:
         self._arguments = _arguments_of(locals())
+        _check_backend(backend)
+        if not isinstance(tasks, TaskRegistry):
+            raise TypeError(f"tasks must be a TaskRegistry, not {_show(tasks)}")
         if not inspect.iscoroutinefunction(backend.complete):
             raise TypeError("AsyncWorker needs an async backend; Worker takes this one")
         _check_values(concurrency=concurrency, lease=lease, grace=grace)
@@ -9046,6 +9101,13 @@ class AsyncWorker:
         return partial(AsyncWorker, **(self._arguments | changed))
 
 
+def _check_backend(backend: object) -> None:
+    if not (hasattr(backend, "complete") and hasattr(backend, "queue")):
+        raise TypeError(
+            f"a worker needs a backend, as SQLiteBackend(path), not {_show(backend)}"
+        )
+
+
 def _worker_name() -> str:
     return f"{socket.gethostname()}-{os.getpid()}-{os.urandom(3).hex()}"
 
@@ -9131,6 +9193,7 @@ class _BackendInThreads(_InThreads):
 
 
 def _to_async(backend: Backend) -> AsyncBackend:
+    _check_backend(backend)
     if inspect.iscoroutinefunction(backend.complete):
         raise TypeError("Worker needs a blocking backend; AsyncWorker takes this one")
     to_async = getattr(backend, "to_async", partial(_BackendInThreads, backend))
