@@ -317,9 +317,12 @@ class DatabaseFullError(_FileError, OSError):
 
 
 class ReadOnlyDatabaseError(_FileError, PermissionError):
-    """The file or its folder cannot be written. Mend the permissions."""
+    """The file, one beside it or their folder cannot be written. Mend that."""
 
-    message = "database {path!r} is read-only; file and folder must be writable"
+    message = (
+        "database {path!r} is read-only; it, its -wal and -shm if there are any, and"
+        " the folder must be writable"
+    )
 
 
 class CorruptDatabaseError(_FileError):
@@ -2594,6 +2597,7 @@ def _absolute(path: str | os.PathLike[str]) -> str:
         "a str or os.PathLike of str, not empty, without NUL",
         path,
     )
+    _check("://" not in text, "path", "no URL (that is for from_url())", path)
     return text if text == ":memory:" else os.path.abspath(text)
 
 
@@ -3218,14 +3222,16 @@ class _Database:
                 return CorruptDatabaseError(self.path, text)
             case sqlite3.SQLITE_IOERR if self._is_out_of_space():
                 return DatabaseFullError(self.path)
+            case sqlite3.SQLITE_CANTOPEN if not os.access(self.path, os.R_OK):
+                return DatabaseAccessError(self.path, "it may not be read")
             case sqlite3.SQLITE_CANTOPEN | sqlite3.SQLITE_IOERR:
                 return DatabaseAccessError(self.path, text)
             case sqlite3.SQLITE_PERM | sqlite3.SQLITE_AUTH:
                 return DatabaseAccessError(self.path, text)
             case sqlite3.SQLITE_TOOBIG:
                 return SerializationError("value", "it is larger than SQLite can store")
-            case sqlite3.SQLITE_ERROR if "no such" in text:
-                return SchemaVersionError(self.path, "its", text)
+            case sqlite3.SQLITE_ERROR if "no such" in text or "already" in text:
+                return SchemaVersionError(self.path, "OmniQ", text)
         return OmniQError(f"database {self.path!r}: {text}")
 
     def _is_out_of_space(self) -> bool:
@@ -4604,6 +4610,7 @@ class _AsyncStorage:
         def run(connection: sqlite3.Connection) -> None:
             connection.executemany(statement, rows)  # the cursor ends here
 
+        self._gateway.database.check_open()
         if rows:
             await self._gateway.write(_Operation(run, savepoint=False))
 
@@ -5065,7 +5072,10 @@ class AsyncSQLiteQueue(_AsyncStorage):
         super()._set_up(gateway, arguments)
         _check_values(retention=arguments["retention"])
         self._retention = float(arguments["retention"])
-        self._events: AsyncEventStorage | None = arguments["events"]
+        events = arguments["events"]
+        fine = events is None or hasattr(events, "log_many")
+        _check(fine, "events", "an event storage or None", events)
+        self._events: AsyncEventStorage | None = events
         here = "events" in gateway.database.components
         self._events_inside = here and self._events is not None
         self._noted: dict[str, float] = {}
@@ -5139,6 +5149,7 @@ class AsyncSQLiteQueue(_AsyncStorage):
         """
         rows = [self._row_of(task) for task in tasks]
         if not rows:
+            self._gateway.database.check_open()
             return []
         return await self._write(lambda change: _insert_many(change, rows))
 
@@ -5156,7 +5167,8 @@ class AsyncSQLiteQueue(_AsyncStorage):
         `connection` is open on the same file. The tasks are committed or rolled
         back with the caller's rows; they stand under one savepoint. Without an
         open transaction a connection in `sqlite3`'s legacy mode gets a BEGIN
-        IMMEDIATE. Missing tables are created in that transaction.
+        IMMEDIATE. Missing tables are created in that transaction. An event storage
+        on another file is told nothing, as only the caller knows of the commit.
 
         Raises: what `enqueue_many` does, then none was added; `ValueError` in
         autocommit mode without a transaction, for a connection to another file or
@@ -5320,6 +5332,7 @@ class AsyncSQLiteQueue(_AsyncStorage):
         """
         checked = [_check_task(task, "tasks") for task in tasks]
         if not checked:
+            self._gateway.database.check_open()
             return
         lost = await self._write(
             lambda change: self._complete_all(change, checked), savepoint=False
@@ -5338,6 +5351,8 @@ class AsyncSQLiteQueue(_AsyncStorage):
                 lease_ids=_to_json(lease_ids),
                 keep_until=change.now + self._retention,
             )
+            if self._retention:  # without a backend nothing else would delete them
+                change.rows(DELETE_KEPT, limit=len(tasks) + 1)
         else:
             rows = change.rows(DELETE_COMPLETED_ONE, id=ids[0], lease_id=lease_ids[0])
         done = {task_id for (task_id,) in rows}
@@ -6867,6 +6882,7 @@ class AsyncSQLiteBackend(_AsyncStorage):
             fine = isinstance(pair, tuple) and len(pair) == 2
             _check(fine, "values", "pairs of a task and its value", pair)
             _check_task(pair[0], "values")
+        self._gateway.database.check_open()
         if pairs:
             await self._complete(pairs, ())
 
@@ -7955,7 +7971,7 @@ def progress(done: float, total: float | None = None, message: str = "") -> None
     Raises: `LeaseLostError` once the task was cancelled or is another worker's.
     """
     for name, value in (("done", done), ("total", total)):
-        fine = value is None or (
+        fine = (value is None and name == "total") or (
             isinstance(value, (int, float)) and abs(value) < math.inf
         )
         _check(fine, name, "a finite number", value)
@@ -8353,7 +8369,12 @@ class _Shift:
         """Do what must be done before the process ends at once: nothing."""
 
     def _stop(self) -> None:
-        self._stopped_at = min(self._stopped_at, time.monotonic())
+        if self._stopped_at == math.inf:
+            self._stopped_at = time.monotonic()
+            if running := len(self._ours()):
+                text = "stops; %s may run for %g s more"
+                tasks = _counted(running, "task")
+                self._log(logging.INFO, text, tasks, self._worker.grace)
         self._claim_no_more()
 
     def _claim_no_more(self) -> None:
