@@ -4075,6 +4075,8 @@ class _DirectGateway:
     def _leave(self, operation: _Operation[Any], woken: _Latch) -> None:
         """Leave nothing behind that nobody waits for, and let the next one lead."""
         database = self.database
+        if threading.get_ident() in database.writer.used:
+            database.writer.__exit__()  # an exception had hit this
         while not (
             operation.done
             or database.leader is operation

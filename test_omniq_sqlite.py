@@ -2687,9 +2687,104 @@ class TestFlushes:
                 patch.setattr(omniq_sqlite._Wal, "flush", fail)
                 with pytest.raises(DatabaseAccessError, match="not outlive a power"):
                     queue.enqueue(Task("f", id="unsure"))
-            queue.enqueue(Task("f", id="after"))
             found = {task.id for task in queue.list_tasks()}
-            assert found == {"before", "unsure", "after"}
+            assert found == {"before", "unsure"}
+
+    async def test_behind_a_flush_that_failed_nothing_is_acknowledged(
+        self, api: Api, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Its frames may be a hole in the WAL, where a recovery would stop."""
+        flush, failing = omniq_sqlite._Wal.flush, [True]
+
+        def fail_once(wal: omniq_sqlite._Wal) -> None:
+            if failing:
+                failing.clear()
+                raise OSError(5, "Input/output error")
+            flush(wal)
+
+        monkeypatch.setattr(omniq_sqlite._Wal, "flush", fail_once)
+        queue = api.queue()
+        for text in ("not outlive a power cut", "open a new one"):
+            with pytest.raises(DatabaseAccessError, match=text):
+                await call(queue.enqueue, Task("f"))
+        assert statuses(api.path) == ["pending"]
+        task = await call(queue.dequeue)  # that promises nothing
+        with pytest.raises(DatabaseAccessError, match="open a new one"):
+            await call(queue.complete, task)
+        await call(queue.release, task)
+        await call(queue.close)
+        await call(api.queue().enqueue, Task("f"))
+        assert statuses(api.path) == ["pending"] * 2
+
+    async def test_a_claim_whose_flush_failed_is_given_back(
+        self, api: Api, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def fail(_: omniq_sqlite._Wal) -> None:
+            raise OSError(5, "Input/output error")
+
+        queue = api.queue()
+        await call(queue.enqueue, Task("f", max_attempts=1))
+        monkeypatch.setattr(omniq_sqlite._Wal, "flush", fail)
+        with pytest.raises(DatabaseAccessError):
+            await call(queue.dequeue)
+        await soon(lambda: statuses(api.path) == ["pending"])
+        assert select(api.path, "SELECT attempt FROM omniq_task") == [0]
+
+    async def test_a_wal_that_cannot_be_opened_refuses_before_the_commit(
+        self, api: Api, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def fail(*_: object) -> None:
+            raise OSError(24, "Too many open files")
+
+        queue = api.queue()
+        await call(queue.count_tasks)
+        with monkeypatch.context() as patch:
+            patch.setattr(omniq_sqlite, "_Wal", fail)
+            with pytest.raises(DatabaseAccessError, match="Too many"):
+                await call(queue.enqueue, Task("f", id="a1"))
+        assert statuses(api.path) == []
+        await call(queue.enqueue, Task("f", id="a1"))
+
+    async def test_what_cannot_be_written_is_not_said_to_be_unflushed(
+        self, api: Api, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def open_to_read(location: str, **options: Any) -> sqlite3.Connection:
+            location = location.replace("mode=rw", "mode=ro")
+            opened: sqlite3.Connection = sqlite3.connect(location, **options)
+            return opened
+
+        def deny(*_: object) -> None:
+            raise PermissionError(13, "Permission denied")
+
+        await call(api.queue().enqueue, Task("f"))  # and keeps the WAL
+        monkeypatch.setattr(omniq_sqlite, "_connection_factory", open_to_read)
+        monkeypatch.setattr(omniq_sqlite, "_Wal", deny)
+        with pytest.raises(ReadOnlyDatabaseError):
+            await call(api.queue().enqueue, Task("f"))
+
+    async def test_a_commit_without_memory_is_no_commit(
+        self, api: Api, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """`sqlite3` raises MemoryError for it, no error of its own."""
+        scarce: list[None] = []
+
+        class Scarce(sqlite3.Connection):
+            def execute(self, sql: str, *parameters: Any) -> sqlite3.Cursor:
+                if sql == "COMMIT" and scarce:
+                    super().execute("ROLLBACK")
+                    raise MemoryError
+                return super().execute(sql, *parameters)
+
+        factory = partial(sqlite3.connect, factory=Scarce)
+        monkeypatch.setattr(omniq_sqlite, "_connection_factory", factory)
+        queue = api.queue()
+        await call(queue.enqueue, Task("f"))
+        scarce.append(None)
+        with pytest.raises(OmniQError, match="out of memory"):
+            await call(queue.enqueue, Task("f"))
+        scarce.clear()
+        assert statuses(api.path) == ["pending"]
+        await call(queue.enqueue, Task("f"))
 
     def test_the_write_lock_is_free_while_one_flushes(
         self, path: str, monkeypatch: pytest.MonkeyPatch
@@ -4597,6 +4692,140 @@ class TestInterrupts:
             omniq_sqlite._operating.add(ident)
             assert queue.count_tasks() == 0
             assert ident not in omniq_sqlite._operating
+
+
+class Alarm(Exception):
+    """What a signal handler of the program raises."""
+
+
+def raising_once(method: Any, *, before: bool) -> Any:
+    """Return `method`, at whose begin or end an exception comes at its first call."""
+    calls: list[None] = []
+
+    def wrapped(*args: Any, **terms: Any) -> Any:
+        calls.append(None)
+        if before and len(calls) == 1:
+            raise Alarm
+        result = method(*args, **terms)
+        if len(calls) == 1:
+            raise Alarm
+        return result
+
+    return wrapped
+
+
+class TestRaisingHandlers:
+    """An exception of a signal handler may come anywhere, and leaves nothing behind.
+
+    Here it is raised where it once did harm.
+    """
+
+    @pytest.fixture(autouse=True)
+    def quick(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(omniq_sqlite, "_LOST_WAKE", 0.05)
+
+    @pytest.mark.parametrize(
+        ("owner", "name", "before"),
+        [
+            (omniq_sqlite._Database, "enlist", True),
+            (omniq_sqlite._Database, "enlist", False),
+            (omniq_sqlite._Database, "hand_over", False),
+            (omniq_sqlite._Pool, "__exit__", True),
+            (omniq_sqlite._Pool, "__exit__", False),
+            (omniq_sqlite._Pool, "__enter__", True),
+        ],
+    )
+    def test_the_next_call_goes_on(
+        self,
+        path: str,
+        monkeypatch: pytest.MonkeyPatch,
+        owner: Any,
+        name: str,
+        before: bool,
+    ) -> None:
+        with SQLiteQueue(path) as queue:
+            queue.count_tasks()
+            with monkeypatch.context() as patch:
+                hit = raising_once(getattr(owner, name), before=before)
+                patch.setattr(owner, name, hit)
+                with pytest.raises(Alarm):
+                    queue.enqueue(Task("f"))
+            threads = Threads()
+            threads.start(queue.enqueue, Task("g"))
+            threads.join()
+            queue.enqueue(Task("h"))
+            assert {"g", "h"} <= set(select(path, "SELECT func FROM omniq_task"))
+
+    def test_a_connection_that_is_in_no_pool_is_closed_before_a_fork(
+        self, path: str
+    ) -> None:
+        with SQLiteQueue(path) as queue:
+            queue.enqueue(Task("f"))
+            database = database_of(queue)
+            [lost] = database.writer.idle
+            database.writer.idle.clear()
+            with database.gate:
+                database.rest()
+            assert database.connections == set()
+            with pytest.raises(sqlite3.ProgrammingError, match="closed"):
+                lost.execute("SELECT 1")
+            queue.enqueue(Task("g"))
+
+    def test_a_wake_that_was_lost_is_made_up_for(
+        self, path: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        with SQLiteQueue(path) as queue:
+            with write_lock(path):
+                threads = Threads()
+                threads.start(queue.enqueue, Task("f"))
+                until(lambda: is_pending(queue, 1))
+                threads.start(queue.enqueue, Task("g"))
+                all_in_line(queue, 2)
+                monkeypatch.setattr(omniq_sqlite._Latch, "__call__", lambda _: None)
+            threads.join()
+            assert queue.count_tasks() == 2
+
+    def test_a_ring_that_was_lost_is_made_up_for(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        with SQLiteQueue(":memory:") as queue:
+            found: list[Any] = []
+            threads = Threads()
+            threads.start(lambda: found.append(queue.dequeue(timeout=DEADLINE)))
+            until(lambda: database_of(queue).bell.waiters)
+            monkeypatch.setattr(omniq_sqlite._Bell, "ring", lambda _: None)
+            queue.enqueue(Task("f"))
+            threads.join()
+            assert found[0].func == "f"
+
+    def test_it_is_raised_in_its_own_thread(self, path: str) -> None:
+        """The main thread leads, and it comes while the other's claim is looked at."""
+        armed = threading.Event()
+
+        def clock() -> float:
+            main = threading.current_thread() is threading.main_thread()
+            if main and armed.is_set():
+                armed.clear()
+                raise Alarm
+            return time.time()
+
+        with SQLiteQueue(path, clock=clock) as queue:
+            queue.enqueue(Task("f"))
+            found: list[Any] = []
+            threads = Threads()
+
+            def claim_behind_it() -> None:
+                until(lambda: is_pending(queue, 1))
+                armed.set()
+                found.append(queue.dequeue())
+
+            with write_lock(path):
+                threads.start(claim_behind_it)
+                with pytest.raises(Alarm):
+                    queue.enqueue(Task("g"))
+            threads.join()
+            assert found[0].func == "f"
+            assert queue.count_tasks() == 1
 
 
 class TestThrownExceptions:
@@ -11224,6 +11453,7 @@ class TestRun:
         settle = omniq_sqlite._Shift._settle_ended
         finish = omniq_sqlite._Database._finish
         free = threading.Event()
+        begun: list[None] = []
 
         def noted(self: Any) -> None:
             settled.append(len(self._ended))
@@ -11235,11 +11465,12 @@ class TestRun:
 
         @rig.tasks.register
         async def hold() -> None:
+            begun.append(None)
             await asyncio.to_thread(free.wait, DEADLINE)
 
         rig.queue.enqueue_many([hold.task() for _ in range(20)])
         with rig.at_work(concurrency=20) as at_work:
-            until(lambda: rig.queue.count_tasks(status="running") == 20)
+            until(lambda: len(begun) == 20)  # so the claim has been delivered
             monkeypatch.setattr(omniq_sqlite._Shift, "_settle_ended", noted)
             monkeypatch.setattr(omniq_sqlite._Database, "_finish", counted)
             with write_lock(rig.path):
@@ -14609,7 +14840,7 @@ class TestCommandBackup:
         assert status_by_id(copy_of) == status_by_id(jobs)
         status, output, errors = cli("backup", jobs, copy_of)
         assert (status, output, is_one_line(errors)) == (2, "", True)
-        assert "exists already" in errors
+        assert "another name" in errors
 
 
 class TestCommandCheck:
