@@ -9864,9 +9864,16 @@ def _run_worker(options: argparse.Namespace) -> int:
 def _parse_value(text: str) -> Any:
     """Return `text` as JSON, or else as it is; nothing is ever evaluated."""
     try:
-        return json.loads(text, parse_constant=str)
+        return json.loads(text, parse_constant=int)  # raises: NaN is no JSON
     except (ValueError, RecursionError):
         return text
+
+
+def _parse_object(text: str) -> dict[str, Any]:
+    value = _parse_value(text)
+    if not isinstance(value, dict):
+        raise _CommandError("--kwargs must be a JSON object, such as '{\"size\": 3}'")
+    return value
 
 
 def _run_enqueue(options: argparse.Namespace) -> int:
@@ -11397,7 +11404,7 @@ _OPTIONS: dict[str, _Terms] = {
     "--grace": {**_SECONDS, "help": "for running tasks at the end"},
     "--host": {"default": "127.0.0.1", "help": "the address to serve on"},
     "--json": {**_FLAG, "help": "print an object a line"},
-    "--kwargs": {"metavar": "JSON", "type": _parse_value, "help": "an object"},
+    "--kwargs": {"metavar": "JSON", "type": _parse_object, "help": "an object"},
     "--lease": {**_SECONDS, "help": "of a claim"},
     "--limit": {**_COUNT, "default": 100, "help": "at the most"},
     "--log-level": {"default": "info", "help": "debug, info, warning or error"},

@@ -14280,14 +14280,22 @@ class TestCommandEnqueue:
         task = self.enqueue(
             db, cli, "f", "1", "-2.5", "true", "null", '"1"', '{"a": [1]}', "plain", "",
             "NaN", "__import__('os').getpid()", "[1", "1" * 5_000, "[" * 100_000,
-            "not UTF-8: \udcff",
+            "not UTF-8: \udcff", '{"a": NaN}', "[-Infinity]",
         )  # fmt: skip
         assert task.func == "f"
         assert task.args == (
             1, -2.5, True, None, "1", {"a": [1]}, "plain", "",
             "NaN", "__import__('os').getpid()", "[1", "1" * 5_000, "[" * 100_000,
-            "not UTF-8: \udcff",
+            "not UTF-8: \udcff", '{"a": NaN}', "[-Infinity]",
         )  # fmt: skip
+
+    @pytest.mark.parametrize("wrong", ['{"secret', '["secret"]', '{"secret": NaN}'])
+    def test_kwargs_are_a_json_object(self, db: Path, cli: Cli, wrong: str) -> None:
+        status, output, errors = cli("enqueue", db, "f", "--kwargs", wrong)
+        assert (status, output, is_one_line(errors)) == (2, "", True)
+        assert "--kwargs must be a JSON object" in errors
+        assert "secret" not in errors
+        assert not db.exists()
 
     def test_every_term_can_be_given(self, db: Path, cli: Cli) -> None:
         task = self.enqueue(
