@@ -11407,7 +11407,13 @@ _OPTIONS: dict[str, _Terms] = {
     "--kwargs": {"metavar": "JSON", "type": _parse_object, "help": "an object"},
     "--lease": {**_SECONDS, "help": "of a claim"},
     "--limit": {**_COUNT, "default": 100, "help": "at the most"},
-    "--log-level": {"default": "info", "help": "debug, info, warning or error"},
+    "--log-level": {
+        "metavar": "LEVEL",
+        "choices": ["debug", "info", "warning", "error"],
+        "default": "info",
+        "type": str.lower,
+        "help": "debug, info, warning or error (default: %(default)s)",
+    },
     "--max-attempts": {**_COUNT, "help": "before it has failed"},
     "--max-tasks": {**_COUNT, "help": "stop after so many"},
     "--name": {"help": "of this worker, as others see it"},
@@ -11423,7 +11429,7 @@ _OPTIONS: dict[str, _Terms] = {
     "--since": {**_WHEN, "help": "an instant, or an age such as 10m"},
     "--status": {
         "metavar": "STATUS",
-        "choices": list(TaskStatus),
+        "choices": [str(status) for status in TaskStatus],  # else shown as members
         "help": "only this status: " + ", ".join(TaskStatus),
     },
     "--task": {"metavar": "ID", "help": "only this task"},

@@ -14234,6 +14234,14 @@ class TestWorker:
         command_call(*WORK, "--until-empty", cwd=app)
         assert sum(count_events(app / "jobs.db", "completed").values()) == 1
 
+    def test_an_unknown_log_level_is_answered_with_their_names(
+        self, db: Path, cli: Cli
+    ) -> None:
+        status, _, errors = cli("worker", db, *WORK[2:], "--log-level", "loud")
+        assert status == 2
+        for level in ("'loud'", "debug", "info", "warning", "error"):
+            assert level in errors.splitlines()[-1]
+
     def test_sigterm_ends_it_in_peace(self, app: Path) -> None:
         process = command_start(*WORK, "--processes", "2", cwd=app)
         with SQLiteBackend(app / "jobs.db") as backend:
@@ -14534,6 +14542,14 @@ class TestList:
         assert (status, set(records)) == (0, {"failed", "waiting", "late"})
         assert "task failed: args" in records["failed"]["error"]
         assert records["failed"]["status"] == "failed"
+
+    def test_an_unknown_status_is_answered_with_their_names(
+        self, jobs: str, cli: Cli
+    ) -> None:
+        status, _, errors = cli("list", jobs, "--status", "bogus")
+        assert status == 2
+        assert "scheduled" in errors
+        assert "TaskStatus" not in errors
 
     def test_nothing_found_is_status_1(self, jobs: str, cli: Cli) -> None:
         assert cli("list", jobs, "--queue", "none")[:2] == (1, "")
