@@ -9803,8 +9803,9 @@ def _run_demo(options: argparse.Namespace) -> int:
 def _import_registry(name: str) -> Any:
     """Return the registry that the operator named as MODULE:ATTRIBUTE."""
     module, _, attribute = name.partition(":")
-    if not module or not attribute:
-        raise _CommandError(f"--app must be MODULE:REGISTRY, not {name!r}")
+    if not module or not attribute or "/" in module or module.endswith(".py"):
+        rule = "MODULE:REGISTRY, such as jobs:tasks for jobs.py in this folder"
+        raise _CommandError(f"--app must be {rule}, not {name!r}")
     sys.path.insert(0, os.getcwd())
     try:
         return getattr(importlib.import_module(module), attribute)

@@ -14254,7 +14254,9 @@ class TestWorker:
     @pytest.mark.parametrize(
         ("name", "message"),
         [
-            ("app", "must be MODULE:REGISTRY"),
+            ("app", "must be MODULE:REGISTRY, such as jobs:tasks for jobs.py"),
+            ("./app:tasks", "such as jobs:tasks for jobs.py"),
+            ("app.py:tasks", "such as jobs:tasks for jobs.py"),
             ("nowhere:tasks", "ModuleNotFoundError: No module named 'nowhere'"),
             ("app:nothing", "has no attribute 'nothing'"),
             ("app:not_a_registry", "'app:not_a_registry' is no TaskRegistry: 5"),
