@@ -9851,9 +9851,7 @@ def _run_worker(options: argparse.Namespace) -> int:
     registry = _import_registry(options.app)
     module = _module_of(registry, options.app)
     log = partial(_log_to_terminal, options.log_level)
-    terms = _given(options, "concurrency", "lease", "grace", "name")
-    if options.queues:
-        terms["queues"] = options.queues.split(",")
+    terms = _given(options, "concurrency", "lease", "grace", "name", "queues")
     events = "events" in _components(options.file)
     with log(), module.SQLiteBackend(options.file, events=events) as backend:
         worker = module.Worker(backend, registry, lifespan=log, **terms)
@@ -11360,6 +11358,16 @@ def _parse_count(text: str) -> int:
     return int(text)
 
 
+def _parse_queue(text: str) -> str:
+    if not text.strip():
+        raise _CommandError("the name of a queue must not be empty")
+    return text.strip()
+
+
+def _parse_queues(text: str) -> list[str]:
+    return list(map(_parse_queue, text.split(",")))
+
+
 def _parse_instant(text: str) -> datetime:
     """Return an ISO 8601 instant, in local time unless it says, or an age as one."""
     units = {"s": 1, "m": 60, "h": 3_600, "d": 86_400}
@@ -11383,11 +11391,16 @@ _OPTIONS: dict[str, _Terms] = {
     "file": {"metavar": "FILE", "help": "the database"},
     "folder": {"metavar": "FOLDER", "help": "where the files are"},
     "id": {"metavar": "ID", "help": "of the task"},
-    "ids": {"metavar": "ID", "nargs": "*", "help": "of tasks"},
-    "queues": {"metavar": "QUEUE", "nargs": "+", "help": "names"},
+    "ids": {"metavar": "ID", "nargs": "*", "default": [], "help": "of tasks"},
+    "queues": {"metavar": "QUEUE", "nargs": "+", "type": _parse_queue, "help": "names"},
     "target": {"metavar": "COPY", "help": "the path of a new file"},
     "func": {"metavar": "FUNC", "help": "a name that the worker knows"},
-    "args": {"metavar": "ARG", "nargs": "*", "help": "JSON, or else a plain string"},
+    "args": {
+        "metavar": "ARG",
+        "nargs": "*",
+        "default": [],  # without one, an error would call them required
+        "help": "JSON, or else a plain string",
+    },
     "-o": {
         "metavar": "PAGE",
         "dest": "output",
@@ -11424,8 +11437,12 @@ _OPTIONS: dict[str, _Terms] = {
     "--port": {"metavar": "N", "type": int, "default": 8765, "help": "0: any"},
     "--priority": {"metavar": "N", "type": int, "help": "higher first"},
     "--processes": {**_COUNT, "help": "child processes"},
-    "--queue": {"help": "this queue"},
-    "--queues": {"metavar": "A,B", "help": "in order of preference"},
+    "--queue": {"type": _parse_queue, "help": "this queue"},
+    "--queues": {
+        "metavar": "A,B",
+        "type": _parse_queues,
+        "help": "in order of preference",
+    },
     "--retry-delay": {**_SECONDS, "help": "before the first retry"},
     "--since": {**_WHEN, "help": "an instant, or an age such as 10m"},
     "--status": {

@@ -14222,7 +14222,7 @@ class TestWorker:
         with SQLiteBackend(app / "jobs.db") as backend:
             for queue in ("a", "b", "b", "c"):
                 backend.enqueue(Task("add", (1, 2), queue=queue))
-            limits = ("--max-tasks", "2", "--concurrency", "1", "--queues", "b,a")
+            limits = ("--max-tasks", "2", "--concurrency", "1", "--queues", "b, a")
             done = command_call(*WORK, *limits, cwd=app)
             assert done[0] == 0, done
             left = Counter(task.queue for task in backend.queue.list_tasks())
@@ -15737,6 +15737,39 @@ class TestMain:
         status, _, errors = cli(*wrong)
         assert status == 2
         assert "usage:" in errors
+
+    @pytest.mark.parametrize(
+        ("wrong", "missing"),
+        [("enqueue f", "FUNC"), ("enqueue", "FILE, FUNC"), ("retry", "FILE")],
+    )
+    def test_only_what_is_missing_is_called_required(
+        self, wrong: str, missing: str, cli: Cli
+    ) -> None:
+        errors = cli(*wrong.split())[2]
+        assert errors.endswith(f"arguments are required: {missing}\n")
+
+    @pytest.mark.parametrize(
+        ("command", "queue"),
+        [
+            ("pause {}", ""), ("resume {}", " "), ("list {} --queue", ""),
+            ("events {} --queue", " "), ("enqueue {} f --queue", " "),
+            ("worker {} --app app:tasks --queues", ""),
+            ("worker {} --app app:tasks --queues", "a, ,b"),
+        ],
+    )  # fmt: skip
+    def test_a_queue_without_a_name_is_refused(
+        self, command: str, queue: str, jobs: str, cli: Cli
+    ) -> None:
+        status, output, errors = cli(*command.format(jobs).split(), queue)
+        assert (status, output, is_one_line(errors)) == (2, "", True)
+        assert "the name of a queue must not be empty" in errors
+
+    def test_blanks_around_the_name_of_a_queue_do_not_count(
+        self, jobs: str, cli: Cli
+    ) -> None:
+        assert cli("pause", jobs, " bad ")[1].startswith("'bad' is paused")
+        assert cli("list", jobs, "--queue", "bad ")[0] == 0
+        assert omniq_sqlite._parse_queues(" a b , c ") == ["a b", "c"]
 
     @pytest.mark.parametrize(
         ("error", "outcome"),
