@@ -9452,6 +9452,11 @@ def _note(message: str) -> None:
         print(_printable(message), file=sys.stderr)
 
 
+def _reason_of(error: Exception) -> str:
+    """Return why, without the number and the name that the system adds."""
+    return getattr(error, "strerror", None) or str(error)
+
+
 def _nothing_found(what: str, options: argparse.Namespace) -> int:
     """Say that there is nothing to show; return the exit status for it."""
     _note(f"no {what} in {options.file!r}")
@@ -11189,13 +11194,16 @@ def _run_report(options: argparse.Namespace) -> int:
 
 def _write_private(path: str, content: bytes, database: str) -> None:
     """Write a file for its owner only, but never over the database."""
-    for suffix in ("", "-wal", "-shm"):
-        with contextlib.suppress(FileNotFoundError):
-            if os.path.samefile(path, database + suffix):
-                raise _CommandError(f"{path!r} is the database")
     flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
-    with open(path, "wb", opener=lambda name, _: os.open(name, flags, 0o600)) as file:
-        file.write(content)
+    try:
+        for suffix in ("", "-wal", "-shm"):
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samefile(path, database + suffix):
+                    raise _CommandError(f"{path!r} is the database")
+        with open(path, "wb", opener=lambda p, _: os.open(p, flags, 0o600)) as file:
+            file.write(content)
+    except OSError as error:
+        raise _CommandError(f"cannot write {path!r}: {_reason_of(error)}") from error
 
 
 class _LivePage:
@@ -11248,8 +11256,14 @@ def _run_serve(options: argparse.Namespace) -> int:
     """
     page = _LivePage(options)
     page.render("1h")  # what is wrong with the file is said now
-    with _make_server(options.host, options.port, page) as server:
-        host = f"[{options.host}]" if ":" in options.host else options.host
+    host = f"[{options.host}]" if ":" in options.host else options.host
+    try:
+        server = _make_server(options.host, options.port, page)
+    except (OSError, UnicodeError) as error:
+        page.close()
+        reason = f"cannot serve on {host}:{options.port}: {_reason_of(error)}"
+        raise _CommandError(f"{reason}; see --host and --port") from error
+    with server:
         print(f"http://{host}:{server.server_port}/", flush=True)
         try:
             server.serve_forever()
@@ -11358,6 +11372,12 @@ def _parse_count(text: str) -> int:
     return int(text)
 
 
+def _parse_port(text: str) -> int:
+    if not text.isdecimal() or int(text) > 65_535:
+        raise _CommandError(f"--port must be a number from 0 to 65535, not {text!r}")
+    return int(text)
+
+
 def _parse_queue(text: str) -> str:
     if not text.strip():
         raise _CommandError("the name of a queue must not be empty")
@@ -11434,7 +11454,7 @@ _OPTIONS: dict[str, _Terms] = {
     "--newer-than": {**_WHEN, "help": "ended, or else enqueued, since then"},
     "--offset": {"metavar": "N", "type": int, "default": 0, "help": "skip the first"},
     "--older-than": {**_WHEN, "help": "ended, or else enqueued, before then"},
-    "--port": {"metavar": "N", "type": int, "default": 8765, "help": "0: any"},
+    "--port": {"metavar": "N", "type": _parse_port, "default": 8765, "help": "0: any"},
     "--priority": {"metavar": "N", "type": int, "help": "higher first"},
     "--processes": {**_COUNT, "help": "child processes"},
     "--queue": {"type": _parse_queue, "help": "this queue"},

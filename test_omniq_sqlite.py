@@ -15123,6 +15123,22 @@ class TestReport:
         assert stat.S_IMODE((tmp_path / "r.html").stat().st_mode) == 0o600
         Page((tmp_path / "r.html").read_text())
 
+    @pytest.mark.parametrize(
+        ("page", "reason"),
+        [
+            ("", "Is a directory"),
+            ("nowhere/page.html", "No such file or directory"),
+            ("jobs.db/page.html", "Not a directory"),
+        ],
+    )
+    def test_a_page_that_cannot_be_written_is_one_clear_line(
+        self, jobs: str, tmp_path: Path, cli: Cli, page: str, reason: str
+    ) -> None:
+        target = str(tmp_path / page)
+        status, output, errors = cli("report", jobs, "-o", target)
+        expected = f"omniq-sqlite: cannot write {target!r}: {reason}\n"
+        assert (status, output, errors) == (2, "", expected)
+
     def test_it_is_never_written_over_the_database(
         self, jobs: str, tmp_path: Path, cli: Cli
     ) -> None:
@@ -15354,6 +15370,26 @@ class TestServe:
         port = urllib.parse.urlsplit(served).port
         status, output, errors = cli("serve", db, "--port", port)
         assert (status, output, is_one_line(errors)) == (2, "", True)
+        assert f"cannot serve on 127.0.0.1:{port}: Address already in use" in errors
+        assert "--port" in errors
+
+    @pytest.mark.parametrize(
+        ("option", "value", "message"),
+        [
+            ("--port", "65536", "--port must be a number from 0 to 65535, not '65536'"),
+            ("--port", "-1", "--port must be a number from 0 to 65535, not '-1'"),
+            ("--host", "192.0.2.7", "cannot serve on 192.0.2.7:8765: "),
+            ("--host", "no.invalid", "cannot serve on no.invalid:8765: "),
+            ("--host", "a..b", "cannot serve on a..b:8765: "),
+        ],
+    )
+    def test_what_cannot_be_served_on_is_one_clear_line(
+        self, jobs: str, cli: Cli, option: str, value: str, message: str
+    ) -> None:
+        status, output, errors = cli("serve", jobs, f"{option}={value}")
+        assert (status, output, is_one_line(errors)) == (2, "", True)
+        assert message in errors
+        assert "Errno" not in errors
 
     def test_a_file_that_was_replaced_is_opened_anew(
         self, served: str, db: Path
