@@ -10303,7 +10303,9 @@ def _check_worker(workers: Sequence[WorkerInfo], options: argparse.Namespace) ->
 
 def _run_events(options: argparse.Namespace) -> int:
     """Show the last events; with --follow also what happens from now on."""
-    _components(options.file, "events")
+    if "events" not in _components(options.file, *COMPONENT_TABLE):
+        hint = "a backend with events=True keeps them"
+        raise _CommandError(f"no events are kept in {options.file!r}: {hint}")
     filters: dict[str, Any] = {
         "task_id": options.task,
         "queue": options.queue,

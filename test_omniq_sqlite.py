@@ -14669,6 +14669,8 @@ class TestEvents:
             pass
         status, _, errors = cli("events", db)
         assert (status, is_one_line(errors)) == (2, True)
+        assert f"no events are kept in {str(db)!r}" in errors
+        assert "events=True" in errors
 
     def test_follow_shows_each_new_event_once_and_ends_at_ctrl_c(
         self, jobs: str, tmp_path: Path
