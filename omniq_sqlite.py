@@ -9466,12 +9466,14 @@ def _nothing_found(what: str, options: argparse.Namespace) -> int:
 def _program() -> str:
     """Return how this program was started, as typed in a shell."""
     import shlex
+    import shutil
 
-    if __name__ != "__main__":
-        return "omniq-sqlite"
-    return shlex.join(
-        ["python", *(["-m", __spec__.name] if __spec__ else sys.argv[:1])]
-    )
+    if __name__ == "__main__":
+        name = ["-m", __spec__.name] if __spec__ else sys.argv[:1]
+        return shlex.join([sys.orig_argv[0], *name])
+    script, path = "omniq-sqlite", sys.argv[0]
+    called_by_path = os.path.basename(path) == script and shutil.which(script) != path
+    return shlex.quote(path) if called_by_path else script
 
 
 def _components(path: str, *wanted: str) -> frozenset[str]:

@@ -15760,7 +15760,22 @@ class TestMain:
         shutil.copy(MODULE, tmp_path / "queue_of_ours.py")
         outcome = command_call("--help", cwd=tmp_path, program=("queue_of_ours.py",))
         assert (outcome[0], outcome[2]) == (0, "")
-        assert outcome[1].startswith("usage: python queue_of_ours.py [-h]")
+        assert outcome[1].startswith(f"usage: {sys.executable} queue_of_ours.py [-h]")
+
+    @pytest.mark.parametrize("is_on_path", [False, True])
+    def test_the_script_is_shown_as_it_was_called(
+        self, tmp_path: Path, is_on_path: bool
+    ) -> None:
+        script = tmp_path / "omniq-sqlite"  # as `pip install` makes it
+        script.write_text("import sys, omniq_sqlite\nsys.exit(omniq_sqlite.main())\n")
+        script.chmod(0o755)
+        called = str(script) if is_on_path else "./omniq-sqlite"
+        path = {"PATH": str(tmp_path)} if is_on_path else {}
+        outcome = command_call(
+            "stats", "--help", cwd=tmp_path, program=(called,), env=path
+        )
+        shown = "omniq-sqlite" if is_on_path else "./omniq-sqlite"
+        assert outcome[1].startswith(f"usage: {shown} stats [-h]")
 
     def test_help_lists_the_commands(self, cli: Cli) -> None:
         status, output, _ = cli("--help")
