@@ -11392,6 +11392,9 @@ def _parse_queues(text: str) -> list[str]:
     return list(map(_parse_queue, text.split(",")))
 
 
+_AN_INSTANT = "an instant such as 2026-01-31T12:00, or an age such as 90s, 10m, 2h, 7d"
+
+
 def _parse_instant(text: str) -> datetime:
     """Return an ISO 8601 instant, in local time unless it says, or an age as one."""
     units = {"s": 1, "m": 60, "h": 3_600, "d": 86_400}
@@ -11400,8 +11403,7 @@ def _parse_instant(text: str) -> datetime:
             return _now() - timedelta(seconds=float(text[:-1]) * units[text[-1]])
         return datetime.fromisoformat(text).astimezone()
     except (ValueError, OverflowError, OSError):
-        rule = "an instant such as 2026-01-31T12:00, or an age such as 90s, 10m, 2h, 7d"
-        raise _CommandError(f"a time must be {rule}, not {text!r}") from None
+        raise _CommandError(f"a time must be {_AN_INSTANT}, not {text!r}") from None
 
 
 _Terms = dict[str, Any]  # of argparse's `add_argument`
@@ -11429,22 +11431,29 @@ _OPTIONS: dict[str, _Terms] = {
         "metavar": "PAGE",
         "dest": "output",
         "default": "report.html",
-        "help": "the page; - for standard output",
+        "help": "the page; - for standard output (default: %(default)s)",
     },
     "--all": {**_FLAG, "help": "without any filter"},
     "--app": {"metavar": "MODULE:REGISTRY", "required": True, "help": "the functions"},
-    "--concurrency": {**_COUNT, "help": "tasks at once"},
-    "--db": {"metavar": "FILE", "default": "omniq-demo.db", "help": "the database"},
+    "--concurrency": {
+        **_COUNT,
+        "help": f"tasks at once (default: {DEFAULT_CONCURRENCY})",
+    },
+    "--db": {
+        "metavar": "FILE",
+        "default": "omniq-demo.db",
+        "help": "the database (default: %(default)s)",
+    },
     "--delay": {**_SECONDS, "default": 0.0, "help": "not before"},
     "--dry-run": {**_FLAG, "help": "change nothing, show what would be"},
     "--follow": {**_FLAG, "help": "wait for more, until Ctrl-C"},
     "--func": {"help": "only this function"},
-    "--grace": {**_SECONDS, "help": "for running tasks at the end"},
-    "--host": {"default": "127.0.0.1", "help": "the address to serve on"},
+    "--grace": {**_SECONDS, "help": "for running tasks at the end (default: 10)"},
+    "--host": {"default": "127.0.0.1", "help": "the address (default: %(default)s)"},
     "--json": {**_FLAG, "help": "print an object a line"},
     "--kwargs": {"metavar": "JSON", "type": _parse_object, "help": "an object"},
-    "--lease": {**_SECONDS, "help": "of a claim"},
-    "--limit": {**_COUNT, "default": 100, "help": "at the most"},
+    "--lease": {**_SECONDS, "help": f"of a claim (default: {DEFAULT_LEASE:g})"},
+    "--limit": {**_COUNT, "default": 100, "help": "at the most (default: 100)"},
     "--log-level": {
         "metavar": "LEVEL",
         "choices": ["debug", "info", "warning", "error"],
@@ -11455,10 +11464,15 @@ _OPTIONS: dict[str, _Terms] = {
     "--max-attempts": {**_COUNT, "help": "before it has failed"},
     "--max-tasks": {**_COUNT, "help": "stop after so many"},
     "--name": {"help": "of this worker, as others see it"},
-    "--newer-than": {**_WHEN, "help": "ended, or else enqueued, since then"},
+    "--newer-than": {**_WHEN, "help": f"ended, or else enqueued, since {_AN_INSTANT}"},
     "--offset": {"metavar": "N", "type": int, "default": 0, "help": "skip the first"},
-    "--older-than": {**_WHEN, "help": "ended, or else enqueued, before then"},
-    "--port": {"metavar": "N", "type": _parse_port, "default": 8765, "help": "0: any"},
+    "--older-than": {**_WHEN, "help": f"ended, or else enqueued, before {_AN_INSTANT}"},
+    "--port": {
+        "metavar": "N",
+        "type": _parse_port,
+        "default": 8765,
+        "help": "0: any (default: %(default)s)",
+    },
     "--priority": {"metavar": "N", "type": int, "help": "higher first"},
     "--processes": {**_COUNT, "help": "child processes"},
     "--queue": {"type": _parse_queue, "help": "this queue"},
@@ -11468,7 +11482,7 @@ _OPTIONS: dict[str, _Terms] = {
         "help": "in order of preference",
     },
     "--retry-delay": {**_SECONDS, "help": "before the first retry"},
-    "--since": {**_WHEN, "help": "an instant, or an age such as 10m"},
+    "--since": {**_WHEN, "help": _AN_INSTANT},
     "--status": {
         "metavar": "STATUS",
         "choices": [str(status) for status in TaskStatus],  # else shown as members
@@ -11478,7 +11492,7 @@ _OPTIONS: dict[str, _Terms] = {
     "--timeout": {**_SECONDS, "help": "of one attempt"},
     "--type": {"help": "only this type, such as failed"},
     "--unique-key": {"metavar": "KEY", "help": "add nothing while a task holds it"},
-    "--until": {**_WHEN, "help": "an instant, or an age such as 10m"},
+    "--until": {**_WHEN, "help": _AN_INSTANT},
     "--until-empty": {**_FLAG, "help": "stop when no task is left"},
     "--watch": {**_FLAG, "help": "again every second, until Ctrl-C"},
     "--worker": {"metavar": "NAME", "help": "only this worker"},

@@ -15782,6 +15782,21 @@ class TestMain:
         assert status == 0
         assert all(command in output for command in [*WRITING, *READING, *PAGES])
 
+    def test_help_shows_defaults_and_what_an_instant_looks_like(self, cli: Cli) -> None:
+        helps = {
+            c: " ".join(cli(c, "--help")[1].split()) for c in omniq_sqlite._COMMANDS
+        }
+        parameters = inspect.signature(Worker).parameters
+        for name in ("concurrency", "lease", "grace"):
+            default = f"(default: {parameters[name].default:g})"
+            assert re.search(
+                rf"--{name} \w+ [^-]*{re.escape(default)}", helps["worker"]
+            )
+        assert "(default: 100)" in helps["list"]
+        assert "(default: 8765)" in helps["serve"]
+        for command in ("list", "events", "purge", "report"):
+            assert "2026-01-31T12:00, or an age such as 90s, 10m" in helps[command]
+
     def test_it_tells_its_version(self, cli: Cli) -> None:
         assert cli("--version") == (0, f"{omniq_sqlite.__version__}\n", "")
 
