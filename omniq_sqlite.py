@@ -11550,8 +11550,9 @@ def _build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=_program(),
         description="A task queue in one SQLite file.",
-        epilog="COMMAND --help shows an example. Exit status: 0 done, 1 found nothing"
-        " or tasks failed, 2 an error.",
+        epilog="COMMAND --help shows an example. Exit status: 0 done (also of a worker"
+        " whose tasks failed), 1 found nothing, or something that is wrong, 2 an error,"
+        " 75 a worker that should be started anew, 130 interrupted.",
     )
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
@@ -11573,8 +11574,10 @@ def _build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit status; raises nothing.
 
-    0 done; 1 found nothing, or tasks failed; 2 an error, in one line on standard
-    error; 75 a worker with a function that did not end; 130 interrupted.
+    0 done (also of a worker whose tasks failed); 1 found nothing, or what is wrong:
+    `check`, a task that was named but not changed, a file of the demo that failed;
+    2 an error, in one line on standard error; 75 a worker with a function that did
+    not end; 130 interrupted.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a name may not fit its encoding

@@ -14234,6 +14234,12 @@ class TestWorker:
         command_call(*WORK, "--until-empty", cwd=app)
         assert sum(count_events(app / "jobs.db", "completed").values()) == 1
 
+    def test_its_status_is_0_although_a_task_failed(self, app: Path) -> None:
+        with SQLiteBackend(app / "jobs.db") as backend:
+            backend.enqueue(Task("add", (1, "two"), max_attempts=1))
+            assert command_call(*WORK, "--until-empty", cwd=app)[0] == 0
+            assert backend.queue.count_tasks(status="failed") == 1
+
     def test_an_unknown_log_level_is_answered_with_their_names(
         self, db: Path, cli: Cli
     ) -> None:
@@ -15777,9 +15783,12 @@ class TestMain:
         shown = "omniq-sqlite" if is_on_path else "./omniq-sqlite"
         assert outcome[1].startswith(f"usage: {shown} stats [-h]")
 
-    def test_help_lists_the_commands(self, cli: Cli) -> None:
+    def test_help_lists_the_commands_and_exit_statuses(self, cli: Cli) -> None:
         status, output, _ = cli("--help")
         assert status == 0
+        assert re.findall(r"\b\d+\b", output.partition("Exit status:")[2]) == [
+            "0", "1", "2", "75", "130"
+        ]  # fmt: skip
         assert all(command in output for command in [*WRITING, *READING, *PAGES])
 
     def test_help_shows_defaults_and_what_an_instant_looks_like(self, cli: Cli) -> None:
