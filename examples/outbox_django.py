@@ -49,8 +49,9 @@ def place_order(item: str) -> None:
 
 def main() -> None:
     """Place an order that is committed and one that is rolled back."""
-    with connection.schema_editor() as editor:  # in an application: `migrate`
-        editor.create_model(Order)
+    if Order._meta.db_table not in connection.introspection.table_names():
+        with connection.schema_editor() as editor:  # in an application: `migrate`
+            editor.create_model(Order)
     place_order("a lamp")
     try:
         place_order("a chair")

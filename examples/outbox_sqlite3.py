@@ -22,7 +22,9 @@ def main() -> None:
         shop.execute(
             "PRAGMA wal_autocheckpoint=0"
         )  # the queue does it, README says why
-        shop.execute("CREATE TABLE orders (id INTEGER PRIMARY KEY, item TEXT)")
+        shop.execute(
+            "CREATE TABLE IF NOT EXISTS orders (id INTEGER PRIMARY KEY, item TEXT)"
+        )
         queue = SQLiteQueue("shop.db")
         place_order(shop, queue, "a lamp")
         try:

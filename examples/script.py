@@ -29,15 +29,16 @@ def make_task(name: str) -> Task:
     return sha256.options(unique_key=name).task(Path(name))
 
 
-def main(names: list[str]) -> None:
+def main(names: list[str]) -> int:
     """Hash the files called `names` and print a line for each."""
     with SQLiteBackend("script.db") as backend:
         ids = backend.enqueue_many(map(make_task, names))
         Worker(backend, tasks).run(until_empty=True, processes=2)
-        for name, task_id in zip(names, ids, strict=True):
-            result = backend.result(task_id)
-            print(result.value or result.error, name)
+        results = list(map(backend.result, ids))
+    for name, result in zip(names, results, strict=True):
+        print(result.value or result.error, name)
+    return 0 if all(result.status == "success" for result in results) else 1
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    sys.exit(main(sys.argv[1:]) if sys.argv[1:] else "usage: script.py FILE …")

@@ -38,5 +38,7 @@ def record(events: Iterable[TaskEvent], tracer: Tracer) -> None:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit("usage: telemetry_opentelemetry.py DATABASE")
     log = SQLiteEventStorage(sys.argv[1])
     record(log.follow(), get_tracer("omniq_sqlite"))

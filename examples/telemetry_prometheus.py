@@ -56,6 +56,8 @@ def count(events: Iterable[TaskEvent]) -> None:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit("usage: telemetry_prometheus.py DATABASE")
     backend = SQLiteBackend(sys.argv[1], events=True)
     assert backend.events is not None
     REGISTRY.register(Depth(backend.queue))
