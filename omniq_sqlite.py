@@ -9786,7 +9786,8 @@ def _run_demo(options: argparse.Namespace) -> int:
 
     Run again with the same --db it goes on where it stopped and does no finished
     file again; a file is the same while its path, inode, size and time of
-    modification are. Symbolic links are not followed.
+    modification are. Symbolic links, what is no regular file, and the database
+    itself are left out.
     """
     if not os.path.isdir(options.folder):
         raise _CommandError(f"there is no folder {options.folder!r}")
