@@ -2386,7 +2386,8 @@ def _task_of(row: Row, serializer: Serializer) -> Task:
 # 1984.) A flush takes along all that was committed before, so what is built on
 # another one's commit never outlives it. But others can see a commit for the
 # moment that its flush takes; so an operation that finds what it wants done
-# already, as an enqueue of an id that exists, flushes as well.
+# already, as an enqueue of an id that exists, flushes as well. Behind a flush that
+# failed nothing durable is acknowledged by this connection any more.
 #
 # A claim, a heartbeat or a release that a power cut takes back does no harm, for
 # nobody holds it afterwards. A group of nothing else is not flushed; the next
