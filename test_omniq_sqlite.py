@@ -2425,6 +2425,23 @@ class TestFromAsync:
         async with make_async(kind, ":memory:") as made:
             await asyncio.to_thread(TOUCH[kind], make_twin(made))
 
+    def test_a_twin_whose_loop_has_ended_says_so_in_any_thread(
+        self, kind: str, tmp_path: Path
+    ) -> None:
+        made = make_async(kind, tmp_path / "jobs.db")
+
+        async def use() -> Any:
+            await TOUCH[kind](made)
+            return make_twin(made)
+
+        twin, threads = asyncio.run(use()), Threads()
+        with pytest.raises(StorageClosedError, match="loop has ended"):
+            TOUCH[kind](twin)
+        threads.start(TOUCH[kind], twin)
+        with pytest.raises(StorageClosedError, match="loop has ended"):
+            threads.join()
+        asyncio.run(made.close())
+
 
 class TestFromAsyncTwins:
     async def test_a_twin_and_its_async_object_share_the_tasks(
@@ -2469,6 +2486,20 @@ class TestFromAsyncTwins:
             await queue.enqueue(Task("f"))
             task = await asyncio.wait_for(waiting, DEADLINE)
             assert task is not None
+
+    def test_a_twin_waits_no_longer_than_its_loop_runs(self, path: str) -> None:
+        """`asyncio.run` cancels what is left; nobody cancelled the twin's call."""
+        queue, threads = AsyncSQLiteQueue(path), Threads()
+
+        async def leave_it() -> None:
+            twin = SQLiteQueue.from_async(queue)
+            threads.start(partial(twin.dequeue, timeout=None))
+            await in_wait(queue)
+
+        asyncio.run(leave_it())
+        with pytest.raises(StorageClosedError, match="loop has ended"):
+            threads.join()
+        asyncio.run(queue.close())
 
     async def test_a_twin_of_a_backend_has_its_parts(self, tmp_path: Path) -> None:
         async with AsyncSQLiteBackend(tmp_path / "jobs.db", events=True) as backend:
@@ -4419,6 +4450,18 @@ class TestExit:
         queue.close()
 
 
+TWIN_PROGRAM = """
+queue, loop = AsyncSQLiteQueue(path), asyncio.new_event_loop()
+threading.Thread(target=loop.run_forever, daemon=True).start()
+
+async def make_twin():
+    return SQLiteQueue.from_async(queue)
+
+twin = asyncio.run_coroutine_threadsafe(make_twin(), loop).result(10)
+"""
+"""The start of a program: a twin for its main thread, of a loop in another one."""
+
+
 @POSIX
 class TestInterrupts:
     """A Ctrl-C neither tears a call apart nor loses its outcome."""
@@ -4692,6 +4735,69 @@ class TestInterrupts:
             omniq_sqlite._operating.add(ident)
             assert queue.count_tasks() == 0
             assert ident not in omniq_sqlite._operating
+
+    def test_a_waiting_twin_of_from_async_waits_no_more_in_its_loop(
+        self, path: str
+    ) -> None:
+        run_program(
+            TWIN_PROGRAM
+            + textwrap.dedent(
+                """
+                def interrupt():
+                    while not queue._gateway.database.bell.waiters:
+                        time.sleep(0.001)
+                    os.kill(os.getpid(), signal.SIGINT)
+
+                threading.Thread(target=interrupt).start()
+                try:
+                    twin.dequeue(timeout=None)
+                except KeyboardInterrupt:
+                    pass
+                else:
+                    raise AssertionError("the signal was lost")
+                task_id = twin.enqueue(Task("f"))
+                time.sleep(0.05)  # for a claim that goes on
+                task = twin.get_task(task_id)
+                assert (task.status, task.attempt) == ("pending", 0), task
+                assert twin.dequeue() is not None
+                os._exit(0)
+                """
+            ),
+            path,
+        )
+
+    def test_signals_into_claims_of_a_twin_of_from_async_strand_nothing(
+        self, path: str
+    ) -> None:
+        run_program(
+            TWIN_PROGRAM
+            + textwrap.dedent(
+                """
+                random.seed(1)
+                pid = os.getpid()
+                twin.enqueue(Task("f"))
+                for _ in range(80):
+                    task, seconds = None, random.uniform(0.001, 0.004)
+                    shot = threading.Timer(seconds, os.kill, (pid, signal.SIGINT))
+                    try:
+                        shot.start()
+                        while True:
+                            task = twin.dequeue(timeout=10, lease=3600)
+                            twin.release(task)
+                            task = None
+                    except KeyboardInterrupt:
+                        shot.join()
+                    try:
+                        if task is not None:
+                            twin.release(task)
+                    except LeaseLostError:
+                        pass  # the interrupt came when it was released
+                assert twin.dequeue(timeout=10) is not None, "a claim was stranded"
+                os._exit(0)
+                """
+            ),
+            path,
+        )
 
 
 class Alarm(Exception):
