@@ -2194,6 +2194,26 @@ class TestClosed:
             with pytest.raises(StorageClosedError):
                 await call(getattr(made, name), *arguments, **keywords)
 
+    @pytest.mark.parametrize(
+        ("kind", "method"),
+        [
+            ("Queue", "enqueue_many"),
+            ("Queue", "complete_many"),
+            ("ResultStorage", "store_many"),
+            ("EventStorage", "log_many"),
+            ("Backend", "enqueue_many"),
+            ("Backend", "complete_many"),
+        ],
+    )
+    async def test_a_call_with_nothing_to_do_says_so_too(
+        self, api: Api, kind: str, method: str
+    ) -> None:
+        made = api.make(kind)
+        await call(getattr(made, method), [])
+        await call(made.close)
+        with pytest.raises(StorageClosedError):
+            await call(getattr(made, method), [])
+
     async def test_a_closed_queue_takes_no_tasks_on_a_connection(
         self, api: Api, queue: Any
     ) -> None:
