@@ -1949,6 +1949,20 @@ class TestOpening:
         with pytest.raises(SchemaVersionError):
             await touch(kind, api.make(kind))
 
+    async def test_a_table_with_the_name_of_our_view_is_refused_and_left_alone(
+        self, api: Api, kind: str
+    ) -> None:
+        view = {
+            "ResultStorage": "omniq_result_view",
+            "EventStorage": "omniq_event_view",
+        }
+        name = view.get(kind, "omniq_task_view")
+        with raw(api.path) as connection:
+            connection.execute(f"CREATE TABLE {name} (x)")
+        with pytest.raises(SchemaVersionError, match=name):
+            await touch(kind, api.make(kind))
+        assert get_names(api.path) == {name}
+
     async def test_a_file_of_a_newer_version_is_refused(
         self, api: Api, kind: str
     ) -> None:
@@ -2016,6 +2030,14 @@ class TestOpening:
     async def test_an_empty_path_is_refused(self, api: Api, kind: str) -> None:
         with pytest.raises(ValueError, match="path"):
             api.make(kind, "")
+
+    async def test_a_url_is_no_path(
+        self, api: Api, kind: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.chdir(api.folder)
+        with pytest.raises(ValueError, match="from_url"):
+            api.make(kind, "sqlite:///x.db")
+        assert list(api.folder.iterdir()) == []
 
 
 FILES = ("", "-shm", "-wal")
@@ -5776,6 +5798,25 @@ class TestFiles:
             self.open_to_others(path),
         )
         assert statuses(path) == ["pending"]
+
+    @POSIX
+    def test_a_file_that_may_not_be_read_is_told_as_such(self, path: str) -> None:
+        with SQLiteQueue(path) as queue:
+            queue.enqueue(Task("f"))
+        os.chmod(path, 0o000)
+        out = run_program(
+            """
+            if os.geteuid() == 0:
+                os.setgid(65534)
+                os.setuid(65534)
+            try:
+                SQLiteQueue(path).count_tasks()
+            except DatabaseAccessError as error:
+                print(error)
+            """,
+            self.open_to_others(path),
+        )
+        assert out.endswith("it may not be read")
 
     @staticmethod
     def open_to_others(path: str) -> str:
@@ -9618,6 +9659,13 @@ class TestEventsOfTasks:
         with pytest.raises(DuplicateTaskError):
             await call(queue.enqueue_many, [Task("f"), Task("f", id="a1")])
         assert await self.get_new(events) == [("enqueued", "a1", "default")]
+
+    @pytest.mark.parametrize("value", [True, "events.db"])
+    async def test_what_is_no_event_storage_is_refused(
+        self, api: Api, value: Any
+    ) -> None:
+        with pytest.raises(ValueError, match="events must be an event storage"):
+            api.queue(events=value)
 
     async def test_dequeue_and_complete(
         self, queue: Any, events: Any, clock: Clock
