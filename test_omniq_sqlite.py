@@ -7061,6 +7061,28 @@ class TestComplete:
         await call(backend.cleanup)
         assert await call(backend.queue.get_task, task_id) is None
 
+    async def test_the_next_ones_delete_what_was_kept_a_few_at_a_time(
+        self, api: Api, clock: Clock
+    ) -> None:
+        """A queue alone has no `cleanup()`, and no call may delete a million rows."""
+        queue = api.queue(retention=60.0)
+
+        async def kept() -> list[str]:
+            tasks = await call(queue.list_tasks, status="completed")
+            return sorted(task.func for task in tasks)
+
+        await call(queue.enqueue_many, [Task("old") for _ in range(3)])
+        await call(queue.complete_many, await call(queue.dequeue_many, 3))
+        await call(queue.enqueue_many, [Task("new") for _ in range(3)])
+        clock.advance(59)
+        await call(queue.complete, await claim(queue))
+        assert await kept() == ["new", "old", "old", "old"]
+        clock.advance(1)
+        await call(queue.complete, await claim(queue))
+        assert await kept() == ["new", "new", "old"]
+        await call(queue.complete, await claim(queue))
+        assert await kept() == ["new", "new", "new"]
+
     async def test_a_kept_task_is_never_handed_out_again(
         self, api: Api, clock: Clock
     ) -> None:
