@@ -11913,6 +11913,37 @@ class TestWorkerArguments:
         with pytest.raises(TypeError, match="Worker takes this one"):
             AsyncWorker(blocking, TaskRegistry())
 
+    @pytest.mark.parametrize("tasks", [[thumbnail], None])
+    def test_what_is_no_registry_is_refused(self, tmp_path: Path, tasks: Any) -> None:
+        blocking = SQLiteBackend(tmp_path / "a.db")
+        with pytest.raises(TypeError, match="TaskRegistry"):
+            Worker(blocking, tasks)
+        with pytest.raises(TypeError, match="TaskRegistry"):
+            AsyncWorker(blocking.to_async(), tasks)
+
+    def test_what_is_no_backend_is_refused(self, tmp_path: Path) -> None:
+        blocking = SQLiteBackend(tmp_path / "a.db")
+        wrong: Any
+        for wrong in ("a.db", blocking.queue):
+            with pytest.raises(TypeError, match="SQLiteBackend"):
+                Worker(wrong, TaskRegistry())
+        for wrong in ("a.db", blocking.to_async().queue):
+            with pytest.raises(TypeError, match="SQLiteBackend"):
+                AsyncWorker(wrong, TaskRegistry())
+
+    @pytest.mark.parametrize("closed", ["before", "after"])
+    def test_a_closed_backend_is_refused_and_nothing_runs(
+        self, path: str, closed: str
+    ) -> None:
+        tasks = TaskRegistry()
+        backend = SQLiteBackend(path)
+        backend.enqueue(tasks.register(thumbnail).task("a"))
+        worker = Worker(backend, tasks) if closed == "after" else None
+        backend.close()
+        with pytest.raises(StorageClosedError):
+            (worker or Worker(backend, tasks)).run(until_empty=True, signals=False)
+        assert statuses(path) == ["pending"]
+
     @pytest.mark.parametrize(
         "options",
         [{"concurrency": 0}, {"lease": 0}, {"grace": -1}, {"name": ""}, {"queues": []}],
@@ -12027,6 +12058,23 @@ class TestProgress:
     def test_a_wrong_number_is_refused(self, value: Any) -> None:
         with pytest.raises(ValueError, match="total"):
             progress(1, value)
+
+    def test_what_was_done_is_a_number_and_the_total_may_be_unknown(
+        self, rig: Rig
+    ) -> None:
+        @rig.tasks.register
+        def unknown_total() -> str:
+            progress(1, None)
+            return "fine"
+
+        @rig.tasks.register(max_attempts=1)
+        def nothing_done() -> None:
+            progress(cast("float", None))
+
+        fine, wrong = rig.enqueue(unknown_total.task(), nothing_done.task())
+        rig.run()
+        assert rig.value(fine) == "fine"
+        assert "done must be a finite number" in rig.value(wrong)
 
 
 # -- Outcomes --
@@ -13763,6 +13811,31 @@ class TestWorkerLogging:
             "worker web stops",
         ]
         assert {r.__dict__["worker"] for r in records} == {"web"}
+
+    def test_a_stop_is_told_once_if_tasks_run(
+        self, rig: Rig, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        caplog.set_level(logging.INFO, "omniq_sqlite")
+        began, free = threading.Semaphore(0), threading.Event()
+
+        @rig.tasks.register
+        def hold() -> None:
+            began.release()
+            free.wait(DEADLINE)
+
+        with rig.at_work(name="idle"):
+            until(rig.queue.list_workers)
+        rig.enqueue(hold.task(), hold.task())
+        with rig.at_work(name="web", grace=DEADLINE) as at_work:
+            for _ in range(2):
+                assert began.acquire(timeout=DEADLINE)
+            at_work.worker.stop()
+            at_work.worker.stop()
+            until(lambda: len(of_worker(caplog, logging.INFO)) > 3)
+            free.set()
+        messages = [r.getMessage() for r in of_worker(caplog, logging.INFO)]
+        [told] = [message for message in messages if "may run" in message]
+        assert told.endswith("stops; 2 tasks may run for 30 s more")
 
     def test_a_retry_is_a_warning_and_a_final_failure_an_error_with_traceback(
         self, rig: Rig, caplog: pytest.LogCaptureFixture
