@@ -4472,7 +4472,7 @@ class _LoopCall(Generic[T]):
                 _check_interrupts()
         except BaseException:
             _call_soon(self._loop, self._cancel)
-            while not (self._loop.is_closed() or self._ended.wait(_INTERRUPT_INTERVAL)):
+            while self._loop.is_running() and not self._ended.wait(_INTERRUPT_INTERVAL):
                 pass
             raise
         finally:
@@ -6217,6 +6217,9 @@ class _Unblocked:
 
     def __init__(self, storage: object) -> None:
         self._storage = storage
+
+    def __repr__(self) -> str:
+        return repr(self._storage)
 
     def __getattr__(self, name: str) -> Callable[..., Coroutine[Any, Any, Any]]:
         method = getattr(self._storage, name)
@@ -8375,9 +8378,9 @@ class _Shift:
         if self._stopped_at == math.inf:
             self._stopped_at = time.monotonic()
             if running := len(self._ours()):
-                text = "stops; %s may run for %g s more"
-                tasks = _counted(running, "task")
-                self._log(logging.INFO, text, tasks, self._worker.grace)
+                text = "worker %s stops; %s may run for %g s more"
+                facts = self._worker.name, _counted(running, "task"), self._worker.grace
+                self._log(logging.INFO, text, *facts)
         self._claim_no_more()
 
     def _claim_no_more(self) -> None:
