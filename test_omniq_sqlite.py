@@ -4778,6 +4778,27 @@ class TestInterrupts:
             assert queue.count_tasks() == 0
             assert ident not in omniq_sqlite._operating
 
+    def test_a_twin_of_a_loop_that_was_stopped_can_be_interrupted(
+        self, path: str
+    ) -> None:
+        run_program(
+            TWIN_PROGRAM
+            + textwrap.dedent(
+                """
+                loop.call_soon_threadsafe(loop.stop)
+                while loop.is_running():
+                    time.sleep(0.001)
+                kill = threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT))
+                kill.start()
+                try:
+                    twin.enqueue(Task("f"))
+                except KeyboardInterrupt:
+                    os._exit(0)
+                """
+            ),
+            path,
+        )
+
     def test_a_waiting_twin_of_from_async_waits_no_more_in_its_loop(
         self, path: str
     ) -> None:
