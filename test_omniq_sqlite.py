@@ -3072,6 +3072,30 @@ class TestGroupCommit:
             assert lost == [["t2"]]
             assert statuses(path) == ["cancelled"]
 
+    def test_one_that_fails_in_the_middle_leaves_nothing_behind(
+        self, path: str
+    ) -> None:
+        threads, refused = Threads(), []
+
+        def complete(backend: SQLiteBackend, task: Task) -> None:
+            try:
+                backend.complete(task, 1, enqueue=[Task("g", id="taken")])
+            except DuplicateTaskError as error:
+                refused.append(error.task_id)
+
+        with SQLiteBackend(path) as backend:
+            backend.enqueue_many([Task("f"), Task("f", id="taken")])
+            task = present(backend.queue.dequeue())
+            with write_lock(path):
+                threads.start(backend.enqueue, Task("f"))
+                threads.start(complete, backend, task)
+                all_in_line(backend, 2)
+            threads.join()
+            assert refused == ["taken"]
+            assert statuses(path) == ["running", "pending", "pending"]
+            assert backend.results is not None
+            assert backend.results.list_results() == []
+
     @pytest.mark.parametrize("name", ["_MAX_GROUP", "_MAX_GROUP_SECONDS"])
     def test_a_group_is_bounded_so_that_others_get_a_turn(
         self, path: str, spied: list[str], monkeypatch: Any, name: str
