@@ -3114,6 +3114,48 @@ class TestGroupCommit:
                 f"t{i}" for i in range(9)
             ]
 
+    def test_a_group_that_takes_long_is_cut_after_25_milliseconds(
+        self, path: str, spied: list[str]
+    ) -> None:
+        with SQLiteQueue(path) as queue:
+            database = database_of(queue)
+            database.read(lambda _: None)
+            requests = [
+                omniq_sqlite._Operation(lambda _: time.sleep(0.005)) for _ in range(20)
+            ]
+            for request in requests:
+                request.wake = nothing
+                database.enlist(request)
+            while database.pending:
+                spied.clear()
+                before = len(database.pending)
+                database.serve()
+                assert spied.count("COMMIT") == 1
+                assert 1 <= before - len(database.pending) <= 6
+            assert all(request.succeeded for request in requests)
+            database.hand_over()
+
+    def test_who_leads_commits_one_group_and_passes_on(
+        self, path: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(omniq_sqlite, "_MAX_GROUP", 1)
+        threads, leaders = Threads(), []
+        with SQLiteQueue(path) as queue:
+            queue.enqueue(Task("f"))
+            database, run_group = database_of(queue), database_of(queue)._run_group
+
+            def noting(*args: Any) -> None:
+                leaders.append(threading.current_thread())
+                run_group(*args)
+
+            monkeypatch.setattr(database, "_run_group", noting)
+            with write_lock(path):
+                for i in range(6):
+                    threads.start(queue.enqueue, Task("f"))
+                    until(partial(is_pending, queue, i + 1))
+            threads.join()
+        assert leaders == threads.started
+
     async def test_a_claim_that_waits_for_its_transaction_looks_once(
         self, path: str, spied: list[str], monkeypatch: pytest.MonkeyPatch
     ) -> None:
