@@ -3359,6 +3359,25 @@ class TestGroupCommit:
                 queue.enqueue(Task("f", id="t"))
             assert isinstance(caught.value.__cause__, sqlite3.IntegrityError)
 
+    async def test_a_write_that_nothing_is_in_the_way_of_never_sleeps(
+        self, api: Api, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        slept: list[int] = []
+        sleep = time.sleep
+
+        def noting(seconds: float) -> None:
+            slept.append(threading.get_ident())
+            sleep(seconds)
+
+        queue = api.queue()
+        await call(queue.count_tasks)
+        monkeypatch.setattr(time, "sleep", noting)
+        await call(queue.enqueue, Task("f"))
+        await call(queue.complete, await claim(queue))
+        threads = database_of(queue).threads
+        ours = {threading.get_ident(), *(each._thread.ident for each in threads)}
+        assert ours.isdisjoint(slept)
+
 
 class TestBusyFile:
     @pytest.fixture
