@@ -2380,6 +2380,31 @@ class TestThreads:
         assert task.func == "f"
         asyncio.run(queue.close())
 
+    def test_a_blocking_object_starts_no_thread(
+        self, path: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        starters: list[threading.Thread] = []
+        start = threading.Thread.start
+
+        def noting(thread: threading.Thread) -> None:
+            starters.append(threading.current_thread())
+            start(thread)
+
+        monkeypatch.setattr(threading.Thread, "start", noting)
+        with SQLiteBackend(path, events=True) as backend:
+            assert backend.results is not None
+            for _ in range(2):
+                backend.enqueue(Task("f"))
+                task = present(backend.queue.dequeue(timeout=None))
+                backend.complete(task, 1)
+                assert backend.result(task.id, timeout=None).value == 1
+            assert backend.queue.dequeue(timeout=0.02) is None
+            with pytest.raises(TimeoutError):
+                backend.results.wait("none", timeout=0.02)
+            backend.cleanup()
+            backend.check()
+        assert threading.current_thread() not in starters
+
 
 class TestProcesses:
     async def test_two_processes_share_a_file(self, api: Api, queue: Any) -> None:
