@@ -3459,6 +3459,28 @@ class TestBusyFile:
                 threads.join()
         assert got == [None]
 
+    def test_a_write_that_opens_the_file_waits_for_whoever_has_it_to_themselves(
+        self, path: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Nobody can even look at a file that is not in WAL mode yet."""
+        threads, paused = Threads(), []
+        pause = omniq_sqlite._Database.pause
+
+        def noting(waited: float) -> None:
+            paused.append(waited)
+            pause(waited)
+
+        monkeypatch.setattr(omniq_sqlite._Database, "pause", staticmethod(noting))
+        queue = SQLiteQueue(path)
+        with raw(path, check_same_thread=False) as other, closing(queue):
+            other.execute("CREATE TABLE mine (x)")
+            other.execute("BEGIN EXCLUSIVE")
+            threads.start(queue.enqueue, Task("f"))
+            until(lambda: len(paused) >= 3 or threads.have_ended())
+            other.execute("COMMIT")
+            threads.join()
+        assert statuses(path) == ["pending"]
+
 
 PRODUCER = """
 queue = SQLiteQueue(path, synchronous="NORMAL")
