@@ -4337,6 +4337,27 @@ class TestFork:
             assert rows() == ["child", "f", "parent"], rows()
             """)
 
+    def test_a_lock_that_another_thread_held_stops_no_child(
+        self, run_here: RunHere
+    ) -> None:
+        run_here("""
+            queue = SQLiteQueue(path)
+            queue.enqueue(Task("parent"))
+            database = queue._async._gateway.database
+            held, over = threading.Event(), threading.Event()
+            def hold():
+                with database.queue_lock, database.bell.lock:
+                    held.set()
+                    over.wait()
+            thread = threading.Thread(target=hold, daemon=True)
+            thread.start()
+            held.wait()
+            join(fork(lambda: queue.enqueue(Task("child"))))
+            over.set()
+            thread.join()
+            assert rows() == ["child", "parent"], rows()
+            """)
+
 
 class TestEventLoops:
     def test_a_loop_that_ends_with_an_operation_under_way_hangs_nobody(
