@@ -6021,6 +6021,53 @@ class TestFiles:
             assert path in str(translated)
             assert pickle.loads(pickle.dumps(translated)).args == translated.args
 
+    def test_nothing_but_sqlite_ever_opens_the_file(self, path: str) -> None:
+        """To close another descriptor of it would drop the locks of the process."""
+        code = """
+            import contextlib, io, pickle
+            opened = set()
+            def note(event, args):
+                if event == "open" and not isinstance(args[0], int):
+                    opened.add(os.path.realpath(os.fsdecode(args[0])))
+            sys.addaudithook(note)
+            tasks = TaskRegistry()
+            work = tasks.register(name="work")(lambda: progress(1))
+            fine = pickle.loads(bytes.fromhex(arguments[0]))
+            with SQLiteBackend(path, events=True) as backend:
+                parts = {"Queue": backend.queue, "ResultStorage": backend.results,
+                         "EventStorage": backend.events, "Backend": backend}
+                for kind, methods in fine.items():
+                    for name, terms in methods.items():
+                        with contextlib.suppress(OmniQError):
+                            getattr(parts[kind], name)(**terms)
+                backend.queue.cancel_all()
+                backend.enqueue_many([Task("work") for _ in range(5)])
+                task, other, third = backend.queue.dequeue_many(3)
+                backend.queue.extend(task)
+                backend.complete(task, 1, enqueue=[Task("work", id="next")])
+                backend.queue.fail(other, "no", retry=False)
+                backend.queue.release(third)
+                Worker(backend, tasks).run(until_empty=True, signals=False)
+                assert len(list(backend.wait_all([task.id, "next"]))) == 2
+                assert next(backend.events.follow(after="0")).id
+                backend.queue.list_queues(), backend.queue.list_workers()
+                backend.queue.stats(), backend.cleanup(), backend.check()
+                backend.backup(path + ".copy")
+            with contextlib.redirect_stdout(io.StringIO()):
+                for command in (
+                    "stats FILE", "list FILE", "show FILE next", "events FILE",
+                    "enqueue FILE f 1", "pause FILE q", "resume FILE q",
+                    "retry FILE --all", "cancel FILE --all", "purge FILE --all",
+                    "check FILE", "backup FILE FILE.2", "report FILE -o FILE.html",
+                ):
+                    words = [w.replace("FILE", path) for w in command.split()]
+                    assert main(words) == 0, words
+            here = os.path.realpath(path)
+            assert here + "-wal" in opened
+            assert here not in opened
+            """
+        run_program(code, path, pickle.dumps(FINE).hex())
+
 
 @POSIX
 class TestFullDisk:
