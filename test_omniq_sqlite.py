@@ -7256,6 +7256,29 @@ class TestDequeueMany:
         with pytest.raises(ValueError, match="limit"):
             await call(queue.dequeue_many, limit)
 
+    async def test_what_comes_between_the_look_and_the_wait_is_found_at_once(
+        self, api: Api, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        queue, waited = api.queue(":memory:"), []
+        look, bell = AsyncSQLiteQueue._claim, database_of(queue).bell
+        register = bell.register
+
+        async def look_and_enqueue(self: AsyncSQLiteQueue, claim: Any) -> Any:
+            claimed = await look(self, claim)
+            if not claimed.tasks:
+                await self.enqueue(Task("f"))
+            return claimed
+
+        def noting(*args: Any) -> Any:
+            waited.append(register(*args))
+            return waited[-1]
+
+        monkeypatch.setattr(AsyncSQLiteQueue, "_claim", look_and_enqueue)
+        monkeypatch.setattr(bell, "register", noting)
+        [task] = await call(queue.dequeue_many, 1, timeout=1.0)
+        assert task.func == "f"
+        assert waited == [False]
+
 
 class TestComplete:
     async def test_the_row_is_deleted(self, api: Api, queue: Any) -> None:
