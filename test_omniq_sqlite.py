@@ -11,6 +11,7 @@ import ctypes
 import dataclasses
 import doctest
 import enum
+import fcntl
 import functools
 import gc
 import gzip
@@ -2688,6 +2689,26 @@ class TestSettings:
         with pytest.raises(UnsupportedSQLiteError):
             SQLiteQueue(path).enqueue(Task("f"))
         assert not os.path.exists(path)
+
+    def test_on_macos_every_flush_reaches_the_disk(
+        self, path: str, spied: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """There fsync alone does not."""
+        flushed: list[tuple[int, int]] = []
+
+        def noting(fd: int, command: int) -> None:
+            flushed.append((os.fstat(fd).st_ino, command))
+
+        monkeypatch.setattr(omniq_sqlite, "_network_filesystem", lambda _: None)
+        monkeypatch.setattr(fcntl, "F_FULLFSYNC", 51, raising=False)
+        monkeypatch.setattr(fcntl, "fcntl", noting)
+        monkeypatch.setattr(sys, "platform", "darwin")
+        with SQLiteQueue(path) as queue:
+            queue.enqueue(Task("f"))
+            assert flushed == [(os.stat(path + "-wal").st_ino, 51)]
+            assert len(Spied.opened) == 2
+            assert {pragma(c, "fullfsync") for c in Spied.opened} == {1}
+            assert {pragma(c, "checkpoint_fullfsync") for c in Spied.opened} == {1}
 
 
 class TestFlushes:
