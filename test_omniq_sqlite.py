@@ -5481,6 +5481,26 @@ class TestCancellation:
             await closing
         await soon(lambda: not os.path.exists(path + "-wal"))
 
+    async def test_while_its_event_is_logged_elsewhere_the_claim_is_given_back(
+        self, path: str
+    ) -> None:
+        logging_it = asyncio.Event()
+
+        class Slow(AsyncSQLiteEventStorage):
+            async def log_many(self, events: Any) -> None:
+                if events[0].type == "dequeued":
+                    logging_it.set()
+                    await asyncio.Event().wait()
+
+        async with AsyncSQLiteQueue(path, events=Slow(path + ".events")) as queue:
+            await queue.enqueue(Task("f"))
+            claiming = asyncio.ensure_future(queue.dequeue())
+            await asyncio.wait_for(logging_it.wait(), DEADLINE)
+            claiming.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await claiming
+            await soon(lambda: given_back(path))
+
 
 class TestCheckpoints:
     """On an affected library only under the guard, and bounded."""
