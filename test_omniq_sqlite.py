@@ -6819,6 +6819,19 @@ class TestTimes:
         assert await call(queue.dequeue) is None
         assert await get_status(queue, task_id) == "expired"
 
+    async def test_of_many_that_are_due_500_are_promoted_at_once(
+        self, api: Api, queue: Any, clock: Clock
+    ) -> None:
+        """The rest waits for the next claim, so that nobody waits long for the lock."""
+        await call(queue.enqueue_many, [Task("f", run_at=at(5)) for _ in range(501)])
+        clock.advance(5)
+        await claim(queue)
+        assert Counter(statuses(api.path)) == {
+            "running": 1, "pending": 499, "scheduled": 1,
+        }  # fmt: skip
+        await claim(queue)
+        assert Counter(statuses(api.path)) == {"running": 2, "pending": 499}
+
 
 class TestUniqueKey:
     async def test_a_second_task_with_the_key_adds_nothing(self, queue: Any) -> None:
@@ -9627,6 +9640,17 @@ class TestPurgeResults:
         with pytest.raises(ValueError, match="older_than"):
             await call(results.purge, older_than=-1.0)
 
+    async def test_no_transaction_deletes_more_than_1000(
+        self, api: Api, spied: list[str], clock: Clock
+    ) -> None:
+        results = api.results()
+        many = [success(str(number)) for number in range(2_001)]
+        await call(results.store_many, many)
+        clock.advance(604_801)
+        spied.clear()
+        assert await call(results.purge) == 2_001
+        assert spied.count("COMMIT") == 3
+
 
 # =============================================================================
 # Events
@@ -9928,6 +9952,16 @@ class TestPurgeEvents:
     async def test_an_argument_out_of_range_is_refused(self, events: Any) -> None:
         with pytest.raises(ValueError, match="older_than"):
             await call(events.purge, older_than=-1.0)
+
+    async def test_no_transaction_deletes_more_than_1000(
+        self, api: Api, spied: list[str]
+    ) -> None:
+        events = api.events()
+        many = [TaskEvent("x", at=at(-1)) for _ in range(2_001)]
+        await call(events.log_many, many)
+        spied.clear()
+        assert await call(events.purge, older_than=0.0) == 2_001
+        assert spied.count("COMMIT") == 3
 
 
 class TestEventsOfTasks:
@@ -11246,6 +11280,22 @@ class TestCleanup:
         )
         assert row["n"] == 0
         await call(api.backend(results=False).cleanup)
+
+    async def test_no_transaction_settles_or_deletes_more_than_500_tasks(
+        self, api: Api, spied: list[str], clock: Clock
+    ) -> None:
+        backend = api.backend(retention=5.0)
+        await call(backend.enqueue_many, [Task("f") for _ in range(1_001)])
+        tasks = await call(backend.queue.dequeue_many, 1_001)
+        await call(backend.queue.complete_many, tasks)
+        late = [Task("f", expires_at=at(5)) for _ in range(1_001)]
+        await call(backend.enqueue_many, late)
+        clock.advance(6)
+        spied.clear()
+        done = await call(backend.cleanup)
+        assert (done["settled"], done["tasks"]) == (1_001, 1_001)
+        # Twice three, one for the results and one for the free pages.
+        assert spied.count("COMMIT") == 8
 
 
 class TestBackup:
