@@ -3765,6 +3765,8 @@ def migrate(
 
 _databases: weakref.WeakSet[_Database] = weakref.WeakSet()
 _databases_lock = threading.RLock()
+_disposing = threading.RLock()
+"""Held while what was forgotten is closed: no fork may come between."""
 _resting: list[_Database] = []
 _exiting = False
 _shields: list[_Interrupts] = []
@@ -3777,9 +3779,11 @@ def _before_fork() -> None:
         database.gate.acquire()
         _resting.append(database)
         database.rest()
+    _disposing.acquire()
 
 
 def _after_fork_in_parent() -> None:
+    _disposing.release()
     for database in _resting:
         database.gate.release()
     _resting.clear()
@@ -3789,8 +3793,9 @@ def _after_fork_in_parent() -> None:
 
 
 def _after_fork_in_child() -> None:
-    global _databases_lock, _id_lock, _operating_lock  # noqa: PLW0603 -- new ones
-    _databases_lock, _id_lock = threading.RLock(), threading.Lock()
+    global _databases_lock, _disposing, _id_lock, _operating_lock  # noqa: PLW0603
+    _databases_lock, _disposing = threading.RLock(), threading.RLock()
+    _id_lock = threading.Lock()
     _operating_lock = threading.RLock()
     _operating.intersection_update({threading.get_ident()})
     for database in _resting:
@@ -3814,10 +3819,16 @@ def _dispose(
     connections: set[sqlite3.Connection], threads: list[_ConnectionThread]
 ) -> None:
     """Close what an object left open that nobody refers to any more."""
-    for connection in list(connections):
-        connection.close()
-    for thread in list(threads):
-        thread.stop()
+    # The collector may call this anywhere; a fork may hold locks that are needed there.
+    locked = _disposing.acquire(timeout=1.0)
+    try:
+        for connection in list(connections):
+            connection.close()
+        for thread in list(threads):
+            thread.stop()
+    finally:
+        if locked:
+            _disposing.release()
 
 
 @atexit.register

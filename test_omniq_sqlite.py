@@ -4379,6 +4379,29 @@ class TestFork:
             assert rows() == ["child", "parent"], rows()
             """)
 
+    def test_it_waits_for_the_closing_of_what_was_forgotten(
+        self, run_here: RunHere
+    ) -> None:
+        """By the collector in another thread, where SQLite may hold locks."""
+        run_here("""
+            closing, closed = threading.Event(), threading.Event()
+            class Forgotten:
+                def close(self):
+                    closing.set()
+                    time.sleep(0.2)
+                    closed.set()
+            dispose = omniq_sqlite._dispose
+            thread = threading.Thread(target=dispose, args=([Forgotten()], []))
+            thread.start()
+            closing.wait()
+            def look():
+                assert closed.is_set()
+                dispose([Forgotten()], [])  # the child's lock is free
+            join(fork(look))
+            thread.join()
+            dispose([Forgotten()], [])
+            """)
+
 
 class TestEventLoops:
     def test_a_loop_that_ends_with_an_operation_under_way_hangs_nobody(
