@@ -3290,15 +3290,17 @@ class _Database:
         """Take back an operation that is in no transaction yet; tell whether it was."""
         with self.queue_lock:
             withdrawn = not operation.taken
-            if withdrawn:  # if it is not on the list, an exception hit `enlist`
-                operation.done = True
-                if operation in self.pending:
+            if withdrawn:
+                if operation in self.pending:  # else an exception hit `enlist`
                     self.pending.remove(operation)
+                operation.done = True  # last: it is what ends further attempts
             return withdrawn
 
     def hand_over(self) -> None:
         """Make who waits longest the leader, once the leader has led enough."""
         with self.queue_lock:
+            while self.pending and self.pending[0].done:  # an exception left it there
+                self.pending.popleft()
             heir = self.leader = self.pending[0] if self.pending else None
         if heir is not None:
             heir.wake()
@@ -3379,7 +3381,9 @@ class _Database:
             for operation in waiting:
                 operation.taken, operation.looked = False, True
                 operation.result = operation.error = None
-            self.pending.extendleft(reversed(waiting))
+            # One whose taking an exception has hit is still there.
+            here = set(map(id, self.pending))
+            self.pending.extendleft(o for o in reversed(waiting) if id(o) not in here)
 
     def _commit(
         self, connection: sqlite3.Connection, group: list[_Operation[Any]]
