@@ -3433,7 +3433,9 @@ class _Database:
                 del group[ran:]
                 break
         if None in [operation.error for operation in group]:
-            if self.flushes and any(o.must_flush() for o in group if o.error is None):
+            wal = self.wal
+            ready = wal and wal.connection is connection and not wal.failed
+            if self.flushes and not ready and any(o.must_flush() for o in group):
                 self._open_wal(connection)  # while nothing is lost if that fails
             self.committing = True
             try:
