@@ -3200,8 +3200,9 @@ class _Database:
             return ReadOnlyDatabaseError(self.path)
         if isinstance(error, OSError):
             return DatabaseAccessError(self.path, error.strerror or str(error))
-        if isinstance(error, UnicodeDecodeError):  # SQLite's message had damaged names
-            return CorruptDatabaseError(self.path, str(error))
+        if isinstance(error, UnicodeDecodeError) or "decode to UTF-8" in str(error):
+            # The message may have the text, which may be an argument.
+            return CorruptDatabaseError(self.path, "a text in it is not UTF-8")
         if not isinstance(error, sqlite3.Error):
             return error
         if _is_busy(error):

@@ -12247,6 +12247,18 @@ class TestRun:
         with pytest.raises(omniq_sqlite.CorruptDatabaseError):
             Worker(backend, TaskRegistry()).run(signals=False)
 
+    def test_text_that_is_not_utf_8_ends_it_and_is_not_shown(self, rig: Rig) -> None:
+        """It could claim nothing, and tried for ever."""
+        rig.enqueue(Task("f", ("secret",)))
+        with raw(rig.path) as connection:
+            connection.execute(
+                "UPDATE omniq_task SET args = CAST(x'22ff' || args AS TEXT)"
+            )
+        with pytest.raises(omniq_sqlite.CorruptDatabaseError) as caught:
+            rig.run()
+        assert "not UTF-8" in str(caught.value)
+        assert "secret" not in str(caught.value)
+
     def test_importing_loads_nothing_that_few_need(self) -> None:
         code = "import sys, omniq_sqlite; print('ctypes' in sys.modules)"
         done = subprocess.run(
