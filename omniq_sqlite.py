@@ -8281,7 +8281,9 @@ def _longer(pause: float) -> float:
     return min(max(0.05, pause * 2), _LONGEST_PAUSE) * random.uniform(0.8, 1.2)
 
 
-_UNUSABLE = (StorageClosedError, DatabaseReplacedError, CorruptDatabaseError)
+_UNUSABLE = (
+    StorageClosedError, DatabaseReplacedError, CorruptDatabaseError, SchemaVersionError
+)  # fmt: skip
 """What no waiting mends: the object has to be made anew, or the file restored."""
 
 

@@ -12259,6 +12259,15 @@ class TestRun:
         assert "not UTF-8" in str(caught.value)
         assert "secret" not in str(caught.value)
 
+    def test_a_column_that_is_not_there_any_more_ends_it(self, rig: Rig) -> None:
+        """As a newer version may leave the file, or damage."""
+        rig.enqueue(Task("f"))
+        with raw(rig.path) as connection:
+            connection.execute("DROP VIEW omniq_task_view")
+            connection.execute("ALTER TABLE omniq_task RENAME COLUMN progress TO moved")
+        with pytest.raises(SchemaVersionError, match="no such column"):
+            rig.run()
+
     def test_importing_loads_nothing_that_few_need(self) -> None:
         code = "import sys, omniq_sqlite; print('ctypes' in sys.modules)"
         done = subprocess.run(
