@@ -2548,6 +2548,11 @@ def _wal_of(path: str) -> str:
     return os.path.realpath(path) + "-wal"
 
 
+def _reason_of(error: Exception) -> str:
+    """Return why, without the number and the name that the system adds."""
+    return getattr(error, "strerror", None) or str(error)
+
+
 def _is_alien(error: BaseException) -> bool:
     """Tell whether no operation raised it, but a signal handler of the program.
 
@@ -2726,10 +2731,8 @@ class _Pool:
         database, ident = self.database, threading.get_ident()
         try:
             with database.gate:
-                if ident in self.used:  # an exception of a signal hit `__exit__`
-                    left = self.used.pop(ident)
-                    if left is not None:
-                        self.idle.append(left)
+                if ident in self.used:
+                    self.__exit__()  # an exception of a signal had hit this
                 while len(self.used) >= self.size or (
                     database.resting
                     and not any(ident in p.used for p in database.pools)
@@ -3040,8 +3043,10 @@ class _Database:
         self.connections.add(connection)
         return connection
 
-    def close_lost(self) -> None:
-        """Close what an exception has kept from going back to its pool."""
+    def close_unused(self) -> None:
+        """Close what nobody uses, also what an exception has kept from its pool."""
+        for pool in self.pools:
+            pool.close()
         used = {id(c) for pool in self.pools for c in pool.used.values()}
         for connection in list(self.connections):
             if id(connection) not in used:
@@ -3199,7 +3204,7 @@ class _Database:
         if isinstance(error, PermissionError):
             return ReadOnlyDatabaseError(self.path)
         if isinstance(error, OSError):
-            return DatabaseAccessError(self.path, error.strerror or str(error))
+            return DatabaseAccessError(self.path, _reason_of(error))
         if isinstance(error, UnicodeDecodeError) or "decode to UTF-8" in str(error):
             # The message may have the text, which may be an argument.
             return CorruptDatabaseError(self.path, "a text in it is not UTF-8")
@@ -3645,9 +3650,7 @@ class _Database:
         self.freed.notify_all()
         if self.memory:
             return
-        for pool in self.pools:
-            pool.close()
-        self.close_lost()
+        self.close_unused()
         for thread in [t for t in self.threads if t.outstanding == 0]:
             thread.stop()
             self.threads.remove(thread)
@@ -3679,9 +3682,7 @@ class _Database:
             while self._is_in_use() and time.monotonic() < limit:
                 self.freed.wait(0.01)
             self.ended = True
-            for pool in self.pools:
-                pool.close()
-            self.close_lost()
+            self.close_unused()
             self.bell.wal = None
         error = SystemExit() if _exiting else StorageClosedError(self.path)
         self._refuse(list(self.pending), error)
@@ -4308,10 +4309,8 @@ class _AsyncGateway:
         database = self.database
         if database.memory:
             return database.read(function)
-        database.check_open()
-        with database.gate:  # a fork in between would end the thread
-            if database.ended:  # so would a close
-                database.check_open()
+        with database.gate:  # a fork or a close in between would end the thread
+            database.check_open()
             call = partial(database.read, function)
             answer = _answer(_running_loop(), self._reader(), call)
         return await answer
@@ -7315,7 +7314,7 @@ def _create_target(path: str) -> None:
     try:
         _create_file(path)
     except OSError as error:
-        raise DatabaseAccessError(path, error.strerror or str(error)) from error
+        raise DatabaseAccessError(path, _reason_of(error)) from error
 
 
 def _back_up(connection: sqlite3.Connection, target: str) -> None:
@@ -9474,11 +9473,6 @@ def _note(message: str) -> None:
     """Say something beside the output, which stays fit for a pipe."""
     with contextlib.suppress(OSError):
         print(_printable(message), file=sys.stderr)
-
-
-def _reason_of(error: Exception) -> str:
-    """Return why, without the number and the name that the system adds."""
-    return getattr(error, "strerror", None) or str(error)
 
 
 def _nothing_found(what: str, options: argparse.Namespace) -> int:

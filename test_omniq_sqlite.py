@@ -2711,6 +2711,10 @@ class TestSettings:
             assert {pragma(c, "checkpoint_fullfsync") for c in Spied.opened} == {1}
 
 
+def refuse_flush(_: omniq_sqlite._Wal) -> None:
+    raise OSError(5, "Input/output error")
+
+
 class TestFlushes:
     """What must outlive a power cut is flushed before anybody is told."""
 
@@ -2797,13 +2801,10 @@ class TestFlushes:
     def test_nobody_is_told_of_what_the_disk_refused(
         self, path: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        def fail(_: omniq_sqlite._Wal) -> None:
-            raise OSError(5, "Input/output error")
-
         with SQLiteQueue(path) as queue:
             queue.enqueue(Task("f", id="before"))
             with monkeypatch.context() as patch:
-                patch.setattr(omniq_sqlite._Wal, "flush", fail)
+                patch.setattr(omniq_sqlite._Wal, "flush", refuse_flush)
                 with pytest.raises(DatabaseAccessError, match="not outlive a power"):
                     queue.enqueue(Task("f", id="unsure"))
             found = {task.id for task in queue.list_tasks()}
@@ -2818,7 +2819,7 @@ class TestFlushes:
         def fail_once(wal: omniq_sqlite._Wal) -> None:
             if failing:
                 failing.clear()
-                raise OSError(5, "Input/output error")
+                refuse_flush(wal)
             flush(wal)
 
         monkeypatch.setattr(omniq_sqlite._Wal, "flush", fail_once)
@@ -2838,12 +2839,9 @@ class TestFlushes:
     async def test_a_claim_whose_flush_failed_is_given_back(
         self, api: Api, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        def fail(_: omniq_sqlite._Wal) -> None:
-            raise OSError(5, "Input/output error")
-
         queue = api.queue()
         await call(queue.enqueue, Task("f", max_attempts=1))
-        monkeypatch.setattr(omniq_sqlite._Wal, "flush", fail)
+        monkeypatch.setattr(omniq_sqlite._Wal, "flush", refuse_flush)
         with pytest.raises(DatabaseAccessError):
             await call(queue.dequeue)
         await soon(lambda: statuses(api.path) == ["pending"])
