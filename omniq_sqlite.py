@@ -2428,6 +2428,11 @@ def _task_of(row: Row, serializer: Serializer) -> Task:
 # background thread was rejected (it starves, the WAL grew to 2.2 GB), and so
 # was checkpointing at the start of a write transaction (the WAL never resets).
 #
+# While a reader holds a snapshot, no library can reset the WAL: six writers made
+# 400 MiB of it in 10 s. So from a length on they pause after each commit, with
+# nothing held, as long as makes it grow slowly; what is written rarely, or in
+# bulk, hardly notices.
+#
 # Interrupts. A KeyboardInterrupt between COMMIT and the caller would look like
 # a failure of something that happened. In the main thread a blocking call
 # records SIGINT, and raises it once its outcome is known. A claim whose caller
@@ -2448,6 +2453,9 @@ _LONG_WAL_FRAMES = 2_048  # in a WAL that is to be checkpointed again soon
 _QUICK = 0.001  # seconds in which it can hardly grow (not to look saves 3 of 90 µs)
 _QUICK_COMMITS = 16  # commits as quick as that between two looks at its size
 _WAL_KEPT_BYTES = 16 * 2**20  # size to which a WAL that was reset is cut
+_HELD_WAL_BYTES = 32 * 2**20  # size from which writes are slowed: a reader holds it
+_HELD_WAL_PACE = 2 * 2**20  # bytes a second by which all together let it grow then
+_HELD_WAL_PAUSE = 0.25  # seconds after one transaction at most
 _INTERRUPT_INTERVAL = 0.05  # seconds between two looks for a recorded SIGINT
 _LOST_WAKE = 2.0  # seconds until a thread looks whether an exception hit its waker
 _FIRST_LOOK = 0.0005  # seconds after a write to the WAL; the next at double distances
@@ -2994,7 +3002,9 @@ class _Database:
         self.ended = False  # closed, and what was begun before has ended, too
         self.generation = 0  # of processes: a forked child is the next one
         self.commits_since_checkpoint = 0
-        self.wal_size = 0
+        self.wal_size = 0  # after the last checkpoint
+        self.wal_seen = 0  # its size when last looked at
+        self.slowed = False  # whether a reader holds it, as far as is known
         bug = _has_wal_reset_bug(sqlite3.sqlite_version_info)
         self.guarded = bug and not self.memory  # whether checkpoints must be
         self.flushes = options.synchronous in ("FULL", "EXTRA") and not self.memory
@@ -3101,6 +3111,7 @@ class _Database:
             if self.identity is None and not self.memory:
                 self.identity = self._stat()
                 self.wal_path = _wal_of(self.path)
+                self.wal_seen = self.wal_bytes()
             self.check_identity()
             if not writable:
                 connection.execute("PRAGMA query_only = ON")
@@ -3313,7 +3324,7 @@ class _Database:
 
     def serve(self) -> None:
         """Commit one group of the operations that wait; return when none does."""
-        began = time.monotonic()
+        began, commits = time.monotonic(), self.commits_since_checkpoint
         while self.pending:
             group: list[_Operation[Any]] = []
             try:
@@ -3329,8 +3340,8 @@ class _Database:
             since = group[0].since
             self._refuse_late(group)
             self.pause(time.monotonic() - since)
-        if self.guarded and self._checkpoint_is_due(time.monotonic() - began):
-            self._checkpoint()
+        if self.commits_since_checkpoint != commits and not self.memory:
+            self._tend_wal(time.monotonic() - began)
 
     def _look(self, connection: sqlite3.Connection) -> list[_Operation[Any]]:
         """Let the operations look that have to; return those that will write.
@@ -3599,18 +3610,44 @@ class _Database:
         for loop, operations in by_loop.items():
             _call_soon(loop, _Arrival(operations))
 
-    # -- Checkpoints --
+    # -- The WAL --
 
-    def _checkpoint_is_due(self, took: float) -> bool:
-        if self.commits_since_checkpoint >= _CHECKPOINT_COMMITS:
-            return True
-        if took < _QUICK and self.commits_since_checkpoint % _QUICK_COMMITS:
-            return False
+    def _tend_wal(self, took: float) -> None:
+        """Look, now and then, how long the WAL has become by the commits just made."""
+        due = self.commits_since_checkpoint >= _CHECKPOINT_COMMITS
+        often = due or self.wal_seen > _HELD_WAL_BYTES or took >= _QUICK
+        if not often and self.commits_since_checkpoint % _QUICK_COMMITS:
+            return
+        size = self.wal_bytes()
+        if self.guarded and (due or size - self.wal_size > _CHECKPOINT_BYTES):
+            self._checkpoint()
+        seen, self.wal_seen = self.wal_seen, size
+        if seen > _HELD_WAL_BYTES:  # and is not only one transaction that is as large
+            self._slow_down(size - seen)
+
+    def _slow_down(self, grown: int) -> None:
+        """Wait as long as the WAL should have taken to grow by so many bytes.
+
+        Every process waits for the growth by all of them, so that is the pace of
+        all together.
+        """
+        if grown <= 0:  # it was reset
+            self.slowed = False
+            return
+        if not self.slowed:
+            self.slowed = True
+            text = (
+                "the WAL of %r has %d MiB; while a reader holds it, writes are slowed"
+            )
+            logger.warning(text, self.path, self.wal_seen // 2**20)
+        time.sleep(min(grown / _HELD_WAL_PACE, _HELD_WAL_PAUSE))
+
+    def wal_bytes(self) -> int:
+        """Return the size of the WAL; 0 if there is none."""
         try:
-            size = os.stat(self.wal_path).st_size
+            return os.stat(self.wal_path).st_size
         except OSError:
-            return False
-        return size - self.wal_size > _CHECKPOINT_BYTES
+            return 0
 
     def _checkpoint(self) -> None:
         """Copy the WAL into the file while nobody can commit (see the essay)."""
@@ -3625,7 +3662,7 @@ class _Database:
                         ).fetchall()
                 finally:
                     guard.execute("COMMIT")
-            self.wal_size = os.stat(self.wal_path).st_size
+            self.wal_size = self.wal_bytes()
             if frames > _LONG_WAL_FRAMES:  # a reader may have kept it from a reset
                 self.commits_since_checkpoint = _CHECKPOINT_COMMITS - _QUICK_COMMITS
         except (sqlite3.Error, OSError, OmniQError) as error:
@@ -6627,7 +6664,6 @@ Where = bool | str | os.PathLike[str] | None
 """Where a part is: `True` (the backend's file), a path, `False` (nowhere)."""
 
 _VACUUM_PAGES = 500  # free pages that one cleanup gives back
-_LARGE_WAL = 64 * 2**20  # bytes from which `check()` warns
 _WORKER_STALE_AFTER = 60.0  # seconds without a sign of life
 
 _RESULT_OF_STATUS = {
@@ -7332,11 +7368,12 @@ def _check_file(database: _Database, connection: sqlite3.Connection) -> list[Fin
     except SchemaVersionError as error:
         faults = [str(error)]
     findings += [Finding("schema", "error", fault) for fault in faults]
-    with contextlib.suppress(OSError):
-        size = os.stat(database.wal_path).st_size
-        if size > _LARGE_WAL:
-            text = f"the WAL has {size // 2**20} MiB; a long reader may hold it"
-            findings.append(Finding("wal", "warning", text))
+    size = database.wal_bytes()
+    if size > _HELD_WAL_BYTES:
+        text = (
+            f"the WAL has {size // 2**20} MiB; while a reader holds it, writes are slow"
+        )
+        findings.append(Finding("wal", "warning", text))
     return findings
 
 

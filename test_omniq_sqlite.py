@@ -5689,6 +5689,57 @@ class TestCheckpoints:
                 queue.enqueue(Task("f", ("x" * 300_000,)))
             assert os.stat(path + "-wal").st_size < grown + 12 * 2**20
 
+    @pytest.mark.parametrize("affected", [True, False])
+    def test_while_a_reader_holds_a_long_wal_writes_are_slowed(
+        self,
+        path: str,
+        monkeypatch: pytest.MonkeyPatch,
+        caplog: pytest.LogCaptureFixture,
+        affected: bool,
+    ) -> None:
+        pauses: list[float] = []
+        monkeypatch.setattr(omniq_sqlite, "_has_wal_reset_bug", lambda _: affected)
+        monkeypatch.setattr(omniq_sqlite, "_HELD_WAL_BYTES", 10 * 2**20)
+        monkeypatch.setattr(omniq_sqlite, "_HELD_WAL_PACE", 1_000 * 2**20)
+        with SQLiteQueue(path, synchronous="OFF") as queue:
+            queue.enqueue(Task("f"))
+            with raw(path) as reader:
+                reader.execute("BEGIN")
+                reader.execute("SELECT count(*) FROM omniq_task").fetchall()
+                queue.enqueue(Task("f", ("x" * 12 * 2**20,)))
+                with monkeypatch.context() as patch:
+                    patch.setattr(time, "sleep", pauses.append)
+                    for _ in range(20):
+                        queue.enqueue(Task("f", ("x" * 100_000,)))
+                    with SQLiteQueue(path, synchronous="OFF") as other:
+                        other.enqueue(Task("f", ("x" * 5 * 2**20,)))
+                reader.execute("ROLLBACK")
+            expected = [0.1 / 2**10] * 20 + [5 / 1_000]
+            assert pauses == pytest.approx(expected, rel=0.5)
+            assert [r.message for r in caplog.records] == [
+                f"the WAL of {path!r} has 12 MiB; while a reader holds it, writes are"
+                " slowed",
+                f"the WAL of {path!r} has 19 MiB; while a reader holds it, writes are"
+                " slowed",
+            ]
+            for _ in range(3):
+                queue.enqueue(Task("f", ("x" * 300_000,)))
+            with monkeypatch.context() as patch:
+                patch.setattr(time, "sleep", pauses.append)
+                queue.enqueue(Task("f", ("x" * 300_000,)))
+            assert len(pauses) == 21
+
+    def test_a_long_wal_slows_a_write_by_a_quarter_of_a_second_at_most(
+        self, path: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        pauses: list[float] = []
+        with SQLiteQueue(path) as queue:
+            queue.enqueue(Task("f"))
+            database = database_of(queue)
+            monkeypatch.setattr(time, "sleep", pauses.append)
+            database._slow_down(2**40)
+        assert pauses == [0.25]
+
 
 OLDER = """
     CREATE TABLE omniq_schema (
