@@ -1498,6 +1498,24 @@ RETURNING
     progress, seq
 """
 
+MEND_CLAIMED = """
+-- claim: somebody else's text that is not UTF-8 becomes text that says so
+UPDATE main.omniq_task
+SET id = omniq_utf_8(CAST(id AS BLOB)),
+    func = omniq_utf_8(CAST(func AS BLOB)),
+    args = omniq_utf_8(CAST(args AS BLOB)),
+    kwargs = omniq_utf_8(CAST(kwargs AS BLOB)),
+    metadata = omniq_utf_8(CAST(metadata AS BLOB)),
+    unique_key = omniq_utf_8(CAST(unique_key AS BLOB)),
+    error = omniq_utf_8(CAST(error AS BLOB))
+WHERE status = 'running' AND lease_id GLOB :claim_id || '.*'
+RETURNING
+    id, queue, func, args, kwargs, metadata, status, priority, attempt, claims,
+    max_attempts, retry_delay, timeout, unique_key, created_at, run_at,
+    expires_at, lease_id, lease_until, worker, started_at, finished_at, error,
+    progress, seq
+"""
+
 DELETE_COMPLETED = """
 -- complete: the tasks are done and go
 DELETE FROM main.omniq_task
@@ -2453,7 +2471,7 @@ _LONG_WAL_FRAMES = 2_048  # in a WAL that is to be checkpointed again soon
 _QUICK = 0.001  # seconds in which it can hardly grow (not to look saves 3 of 90 µs)
 _QUICK_COMMITS = 16  # commits as quick as that between two looks at its size
 _WAL_KEPT_BYTES = 16 * 2**20  # size to which a WAL that was reset is cut
-_HELD_WAL_BYTES = 32 * 2**20  # size from which writes are slowed: a reader holds it
+_HELD_WAL_BYTES = 40 * 2**20  # size from which writes are slowed: a reader holds it
 _HELD_WAL_PACE = 2 * 2**20  # bytes a second by which all together let it grow then
 _HELD_WAL_PAUSE = 0.25  # seconds after one transaction at most
 _INTERRUPT_INTERVAL = 0.05  # seconds between two looks for a recorded SIGINT
@@ -2571,6 +2589,21 @@ def _is_alien(error: BaseException) -> bool:
     ours = (OmniQError, sqlite3.Error, UnicodeDecodeError, MemoryError)
     in_main = threading.get_ident() == threading.main_thread().ident
     return in_main and not isinstance(error, ours)
+
+
+def _is_undecodable(error: BaseException) -> bool:
+    """Tell whether a text in the file is not UTF-8: SQLite lets anybody store such."""
+    return isinstance(error, UnicodeDecodeError) or "decode to UTF-8" in str(error)
+
+
+def _utf_8(stored: bytes | None) -> str | None:
+    """Return stored text, or what says that it is not UTF-8 (and is no JSON)."""
+    if stored is None:
+        return None
+    try:
+        return stored.decode()
+    except UnicodeDecodeError:
+        return "not UTF-8: " + stored.decode(errors="backslashreplace")
 
 
 def _is_busy(error: BaseException) -> bool:
@@ -3158,6 +3191,7 @@ class _Database:
             connection.execute(pragma)
         if sys.version_info >= (3, 12):
             connection.setconfig(sqlite3.SQLITE_DBCONFIG_DEFENSIVE, True)
+        connection.create_function("omniq_utf_8", 1, _utf_8)
         if self.memory:
             return
         [(mode,)] = connection.execute("PRAGMA journal_mode").fetchall()
@@ -3216,7 +3250,7 @@ class _Database:
             return ReadOnlyDatabaseError(self.path)
         if isinstance(error, OSError):
             return DatabaseAccessError(self.path, _reason_of(error))
-        if isinstance(error, UnicodeDecodeError) or "decode to UTF-8" in str(error):
+        if _is_undecodable(error):
             # The message may have the text, which may be an argument.
             return CorruptDatabaseError(self.path, "a text in it is not UTF-8")
         if not isinstance(error, sqlite3.Error):
@@ -5053,14 +5087,19 @@ class _Claim(_Operation[_Claimed]):
         return claimed
 
     def _claim(self, change: _Change, name: str, claimed: _Claimed) -> None:
-        rows = change.rows(
-            CLAIM,
-            queue=name,
-            limit=self.limit - len(claimed.tasks),
-            claim_id=self.claim_id,
-            lease_until=change.now + self.lease,
-            worker=self.worker,
-        )
+        try:
+            rows = change.rows(
+                CLAIM,
+                queue=name,
+                limit=self.limit - len(claimed.tasks),
+                claim_id=self.claim_id,
+                lease_until=change.now + self.lease,
+                worker=self.worker,
+            )
+        except (sqlite3.Error, UnicodeDecodeError) as error:
+            if not _is_undecodable(error):
+                raise
+            rows = change.rows(MEND_CLAIMED, claim_id=self.claim_id)  # they are claimed
         rows.sort(key=lambda row: (-row[7], row[-1]))  # RETURNING has no order
         for row in rows:
             try:
@@ -8557,7 +8596,7 @@ class _Shift:
                     found: object = await tasks.list_tasks(
                         queue=name, status=status, limit=1
                     )
-                except SerializationError:
+                except (SerializationError, CorruptDatabaseError):
                     found = True  # though it cannot be read
                 if found:
                     waiting.add(name)
