@@ -1498,17 +1498,20 @@ RETURNING
     progress, seq
 """
 
+SELECT_CLAIMED_TEXT = """
+-- claim: the text of what was just claimed, of which some is not UTF-8
+SELECT seq, id, func, args, kwargs, metadata, unique_key, error
+FROM main.omniq_task
+WHERE queue = :queue AND status = 'running' AND due_at = :lease_until
+    AND lease_id GLOB :claim_id || '.*'
+"""
+
 MEND_CLAIMED = """
--- claim: somebody else's text that is not UTF-8 becomes text that says so
+-- claim: give a task text that can be read
 UPDATE main.omniq_task
-SET id = omniq_utf_8(CAST(id AS BLOB)),
-    func = omniq_utf_8(CAST(func AS BLOB)),
-    args = omniq_utf_8(CAST(args AS BLOB)),
-    kwargs = omniq_utf_8(CAST(kwargs AS BLOB)),
-    metadata = omniq_utf_8(CAST(metadata AS BLOB)),
-    unique_key = omniq_utf_8(CAST(unique_key AS BLOB)),
-    error = omniq_utf_8(CAST(error AS BLOB))
-WHERE status = 'running' AND lease_id GLOB :claim_id || '.*'
+SET id = :id, func = :func, args = :args, kwargs = :kwargs, metadata = :metadata,
+    unique_key = :unique_key, error = :error
+WHERE seq = :seq
 RETURNING
     id, queue, func, args, kwargs, metadata, status, priority, attempt, claims,
     max_attempts, retry_delay, timeout, unique_key, created_at, run_at,
@@ -2596,16 +2599,6 @@ def _is_undecodable(error: BaseException) -> bool:
     return isinstance(error, UnicodeDecodeError) or "decode to UTF-8" in str(error)
 
 
-def _utf_8(stored: bytes | None) -> str | None:
-    """Return stored text, or what says that it is not UTF-8 (and is no JSON)."""
-    if stored is None:
-        return None
-    try:
-        return stored.decode()
-    except UnicodeDecodeError:
-        return "not UTF-8: " + stored.decode(errors="backslashreplace")
-
-
 def _is_busy(error: BaseException) -> bool:
     code = getattr(error, "sqlite_errorcode", None)
     return code is not None and code & 0xFF in (
@@ -2839,12 +2832,15 @@ class _Descriptor:
     __del__ = close
 
 
+class _UnflushedError(DatabaseAccessError):
+    """A flush has failed before: behind that hole nothing durable can be written."""
+
+
 class _Wal(_Descriptor):
     """The WAL of a connection, to flush it. Nobody locks it: it can be closed."""
 
     def __init__(self, connection: sqlite3.Connection, path: str) -> None:
         self.connection = connection
-        self.failed = False
         self._fd = os.open(path, os.O_RDWR)
 
     def flush(self) -> None:
@@ -3042,6 +3038,7 @@ class _Database:
         self.guarded = bug and not self.memory  # whether checkpoints must be
         self.flushes = options.synchronous in ("FULL", "EXTRA") and not self.memory
         self.wal: _Wal | None = None
+        self.flush_failed = False
         self.writer = _Pool(self, 1, writable=True)
         self.checkpointer = _Pool(self, 1, writable=True)
         self.readers = _Pool(self, options.readers, writable=False)
@@ -3191,7 +3188,6 @@ class _Database:
             connection.execute(pragma)
         if sys.version_info >= (3, 12):
             connection.setconfig(sqlite3.SQLITE_DBCONFIG_DEFENSIVE, True)
-        connection.create_function("omniq_utf_8", 1, _utf_8)
         if self.memory:
             return
         [(mode,)] = connection.execute("PRAGMA journal_mode").fetchall()
@@ -3392,8 +3388,7 @@ class _Database:
             o for o in waiting if not o.looked and not self._look_one(connection, o)
         ]
         if answered:
-            self._take(answered)
-            self._deliver(answered)
+            self._end(answered)
         return [o for o in waiting if not o.done]
 
     def _look_one(
@@ -3485,7 +3480,7 @@ class _Database:
                 break
         if None in [operation.error for operation in group]:
             wal = self.wal
-            ready = wal and wal.connection is connection and not wal.failed
+            ready = wal and wal.connection is connection and not self.flush_failed
             if self.flushes and not ready and any(o.must_flush() for o in group):
                 self._open_wal(connection)  # while nothing is lost if that fails
             self.committing = True
@@ -3577,8 +3572,9 @@ class _Database:
             self.check_identity()
         except OmniQError as error:
             for operation in group:
-                operation.unflushed = operation.error is None
+                operation.unflushed |= operation.error is None
                 operation.error = copy.copy(error)
+                operation.error.__cause__ = error.__cause__
         self._deliver(group)
 
     def _open_wal(self, connection: sqlite3.Connection) -> _Wal:
@@ -3592,11 +3588,9 @@ class _Database:
                 self.wal = _Wal(connection, self.wal_path)
             except OSError as error:
                 raise self.translate(error) from error
-        if self.wal.failed:
+        if self.flush_failed:
             reason = "its WAL could not be flushed; when the disk is well again, close"
-            raise DatabaseAccessError(
-                self.path, f"{reason} this object and open a new one"
-            )
+            raise _UnflushedError(self.path, f"{reason} this object and open a new one")
         return self.wal
 
     def _flush(self, connection: sqlite3.Connection) -> None:
@@ -3605,29 +3599,44 @@ class _Database:
         try:
             wal.flush()
         except OSError as error:
-            wal.failed = True
+            self.flush_failed = True
             reason = "what was just written may not outlive a power cut, as its WAL"
             reason += f" cannot be flushed: {error.strerror}"
             raise DatabaseAccessError(self.path, reason) from error
 
     def _refuse(self, group: list[_Operation[Any]], error: BaseException) -> None:
         """Tell everybody that the database cannot be used."""
-        self._take(group)
         translated = self.translate(error)
         cause = error.__cause__ if translated is error else error
-        for operation in group:  # each its own: raising one changes its traceback
-            operation.error = copy.copy(translated)
-            operation.error.__cause__ = cause
-        self._deliver(group)
+
+        def refuse(_operation: _Operation[Any]) -> BaseException:
+            own = copy.copy(translated)  # raising one changes its traceback
+            own.__cause__ = cause
+            return own
+
+        self._end(group, refuse)
 
     def _refuse_late(self, group: list[_Operation[Any]]) -> None:
         """Nothing was changed for those that have waited long enough."""
         now = time.monotonic()
         late = [o for o in group if now - o.since >= self.options.busy_timeout]
-        self._take(late)
-        for operation in late:
-            operation.error = DatabaseBusyError(self.path, now - operation.since)
-        self._deliver(late)
+        self._end(late, lambda o: DatabaseBusyError(self.path, now - o.since))
+
+    def _end(
+        self,
+        group: list[_Operation[Any]],
+        error_of: Callable[[_Operation[Any]], BaseException] | None = None,
+    ) -> None:
+        """Take operations that are in no transaction off the list, and answer them."""
+        try:
+            self._take(group)
+            for operation in group:
+                if error_of is not None:
+                    operation.error = error_of(operation)
+            self._deliver(group)
+        except BaseException:  # of a signal handler of the program
+            self._put_back(group)
+            raise
 
     @staticmethod
     def _deliver(group: list[_Operation[Any]]) -> None:
@@ -3647,8 +3656,8 @@ class _Database:
     # -- The WAL --
 
     def _tend_wal(self, took: float) -> None:
-        """Look, now and then, how long the WAL has become by the commits just made."""
-        due = self.commits_since_checkpoint >= _CHECKPOINT_COMMITS
+        """Look, now and then, at the size of the WAL; checkpoint, or slow down."""
+        due = self.guarded and self.commits_since_checkpoint >= _CHECKPOINT_COMMITS
         often = due or self.wal_seen > _HELD_WAL_BYTES or took >= _QUICK
         if not often and self.commits_since_checkpoint % _QUICK_COMMITS:
             return
@@ -3688,14 +3697,14 @@ class _Database:
         self.commits_since_checkpoint = 0
         try:
             with self.writer as guard:
-                self.retry(lambda: guard.execute("BEGIN IMMEDIATE"), patience=1.0)
                 try:
+                    self.retry(lambda: guard.execute("BEGIN IMMEDIATE"), patience=1.0)
                     with self.checkpointer as connection:
                         [(_, frames, _)] = connection.execute(
                             "PRAGMA wal_checkpoint(PASSIVE)"
                         ).fetchall()
                 finally:
-                    guard.execute("COMMIT")
+                    self._roll_back(guard)
             self.wal_size = self.wal_bytes()
             if frames > _LONG_WAL_FRAMES:  # a reader may have kept it from a reset
                 self.commits_since_checkpoint = _CHECKPOINT_COMMITS - _QUICK_COMMITS
@@ -3780,6 +3789,11 @@ def _plain_cursor(connection: sqlite3.Connection) -> sqlite3.Cursor:
     return cursor
 
 
+def _ascii(name: object) -> str:
+    """Return a name of ours that was read as a BLOB, also from a file in UTF-16."""
+    return bytes(cast(bytes, name)).replace(b"\0", b"").decode()
+
+
 def schema_versions(connection: sqlite3.Connection, path: str) -> dict[str, int]:
     """Return the versions of the components in a file, of which it has tables.
 
@@ -3787,7 +3801,7 @@ def schema_versions(connection: sqlite3.Connection, path: str) -> dict[str, int]
     """
     cursor = _plain_cursor(connection)
     tables = cursor.execute(SELECT_TABLE_NAMES).fetchall()
-    names = {bytes(name).decode(): is_strict for name, is_strict in tables}
+    names = {_ascii(name): is_strict for name, is_strict in tables}
     for name, is_strict in names.items():
         if not is_strict:
             raise SchemaVersionError(path, name, f"its table {name} is not OmniQ's")
@@ -3795,7 +3809,7 @@ def schema_versions(connection: sqlite3.Connection, path: str) -> dict[str, int]
     if "omniq_schema" in names:
         try:
             rows = cursor.execute(SELECT_SCHEMA).fetchall()
-            versions = {bytes(name).decode(): int(number) for name, number in rows}
+            versions = {_ascii(name): int(number) for name, number in rows}
         except (sqlite3.OperationalError, TypeError, ValueError) as error:
             detail = "its table omniq_schema is not OmniQ's"
             raise SchemaVersionError(path, "omniq_schema", detail) from error
@@ -4322,7 +4336,16 @@ class _AsyncGateway:
         self, operation: _Operation[T], *, undo: Callable[[T], None] | None = None
     ) -> T:
         if self.database.memory:  # microseconds under a lock: no thread is needed
-            return await self._direct.write(operation)
+            result = await self._direct.write(operation)
+        else:
+            result = await self._write(operation, undo)
+        if undo is not None and (call := _loop_call.get(None)) is not None:
+            call.undo = partial(undo, result)
+        return result
+
+    async def _write(
+        self, operation: _Operation[T], undo: Callable[[T], None] | None
+    ) -> T:
         self.database.check_open()
         operation.undo = undo
         operation.future = future = _running_loop().create_future()
@@ -4336,10 +4359,7 @@ class _AsyncGateway:
             raise
         if operation.unflushed:
             operation.drop()
-        result = operation.outcome()
-        if undo is not None and (call := _loop_call.get(None)) is not None:
-            call.undo = partial(undo, result)
-        return result
+        return operation.outcome()
 
     def _enlist(self, operation: _Operation[Any]) -> None:
         """Queue an operation and see that it is served.
@@ -4466,9 +4486,12 @@ class _AsyncGateway:
                 await asyncio.sleep(0)
         finally:
             with database.gate:
-                call = partial(database.shut, timeout)
-                closed = _answer(_running_loop(), self._running(None), call)
-        await closed
+                closed = None
+                if database.closed_reason is None:  # else another one was faster
+                    call = partial(database.shut, timeout)
+                    closed = _answer(_running_loop(), self._running(None), call)
+        if closed is not None:
+            await closed
 
 
 _Gateway = _DirectGateway | _AsyncGateway
@@ -5087,19 +5110,18 @@ class _Claim(_Operation[_Claimed]):
         return claimed
 
     def _claim(self, change: _Change, name: str, claimed: _Claimed) -> None:
+        terms = {
+            "queue": name,
+            "claim_id": self.claim_id,
+            "lease_until": change.now + self.lease,
+        }
+        limit = self.limit - len(claimed.tasks)
         try:
-            rows = change.rows(
-                CLAIM,
-                queue=name,
-                limit=self.limit - len(claimed.tasks),
-                claim_id=self.claim_id,
-                lease_until=change.now + self.lease,
-                worker=self.worker,
-            )
+            rows = change.rows(CLAIM, limit=limit, worker=self.worker, **terms)
         except (sqlite3.Error, UnicodeDecodeError) as error:
             if not _is_undecodable(error):
                 raise
-            rows = change.rows(MEND_CLAIMED, claim_id=self.claim_id)  # they are claimed
+            rows = self._mend(change, **terms)  # they are claimed, but not read
         rows.sort(key=lambda row: (-row[7], row[-1]))  # RETURNING has no order
         for row in rows:
             try:
@@ -5111,6 +5133,40 @@ class _Claim(_Operation[_Claimed]):
             else:
                 claimed.tasks.append(task)
                 change.note_run(EventType.DEQUEUED, task, func=task.func)
+
+    @staticmethod
+    def _mend(change: _Change, **terms: Any) -> list[Row]:
+        """Read claimed tasks whose text somebody else wrote, not all of it in UTF-8.
+
+        Such text becomes text that says so, and is no JSON; an id is drawn anew.
+        """
+        connection = change.cursor.connection
+        connection.text_factory = bytes
+        try:
+            found = change.rows(SELECT_CLAIMED_TEXT, **terms)
+        finally:
+            connection.text_factory = str
+        rows: list[Row] = []
+        for seq, task_id, func, args, kwargs, metadata, unique_key, error in found:
+            rows += change.rows(
+                MEND_CLAIMED,
+                seq=seq,
+                id=_from_utf_8(task_id) or new_id(),
+                func=_from_utf_8(func, f"not UTF-8: {func!r}"),
+                args=_from_utf_8(args, f"not UTF-8: {args!r}"),
+                kwargs=_from_utf_8(kwargs, f"not UTF-8: {kwargs!r}"),
+                metadata=_from_utf_8(metadata, f"not UTF-8: {metadata!r}"),
+                unique_key=_from_utf_8(unique_key),
+                error=_from_utf_8(error),
+            )
+        return rows
+
+
+def _from_utf_8(stored: object, otherwise: str | None = None) -> object:
+    try:
+        return stored.decode() if isinstance(stored, bytes) else stored
+    except UnicodeDecodeError:
+        return otherwise
 
 
 def _settle_due(change: _Change, queue: str) -> int:
@@ -7393,8 +7449,16 @@ def _create_target(path: str) -> None:
 
 
 def _back_up(connection: sqlite3.Connection, target: str) -> None:
-    with contextlib.closing(sqlite3.connect(target, isolation_level=None)) as copy_of:
-        connection.backup(copy_of)
+    # mode=rw: it does not come into being again when the call was cancelled.
+    location = Path(target).as_uri() + "?mode=rw"
+    opened = sqlite3.connect(location, uri=True, isolation_level=None)
+    with contextlib.closing(opened) as copy_of:
+        try:
+            connection.backup(copy_of)
+        except sqlite3.Error as error:
+            if getattr(error, "sqlite_errorcode", 0) == sqlite3.SQLITE_FULL:
+                raise DatabaseFullError(target) from error
+            raise
 
 
 def _check_file(database: _Database, connection: sqlite3.Connection) -> list[Finding]:
@@ -7409,9 +7473,7 @@ def _check_file(database: _Database, connection: sqlite3.Connection) -> list[Fin
     findings += [Finding("schema", "error", fault) for fault in faults]
     size = database.wal_bytes()
     if size > _HELD_WAL_BYTES:
-        text = (
-            f"the WAL has {size // 2**20} MiB; while a reader holds it, writes are slow"
-        )
+        text = f"the WAL has {size // 2**20} MiB; a reader may hold it and slow writes"
         findings.append(Finding("wal", "warning", text))
     return findings
 
@@ -8357,7 +8419,8 @@ def _longer(pause: float) -> float:
 
 
 _UNUSABLE = (
-    StorageClosedError, DatabaseReplacedError, CorruptDatabaseError, SchemaVersionError
+    StorageClosedError, DatabaseReplacedError, CorruptDatabaseError, SchemaVersionError,
+    _UnflushedError,
 )  # fmt: skip
 """What no waiting mends: the object has to be made anew, or the file restored."""
 

@@ -1293,7 +1293,6 @@ STATEMENTS = statements_of_the_module()
 def schema() -> Iterator[sqlite3.Connection]:
     """A database in memory with all tables of the newest version."""
     with raw(":memory:") as connection:
-        connection.create_function("omniq_utf_8", 1, omniq_sqlite._utf_8)
         components = list(omniq_sqlite.MIGRATIONS)
         omniq_sqlite.migrate(connection, components, ":memory:")
         yield connection
@@ -1864,6 +1863,18 @@ class TestOpening:
         await touch(kind, made)
         await call(made.close)
         await call(made.close)
+
+    @pytest.mark.parametrize("steps", range(6))
+    async def test_two_tasks_may_close(self, api: Api, kind: str, steps: int) -> None:
+        made = api.make(kind)
+        await touch(kind, made)
+
+        async def close_later() -> None:
+            for _ in range(steps):
+                await asyncio.sleep(0)
+            await call(made.close)
+
+        await asyncio.gather(call(made.close), close_later())
 
     async def test_an_unused_object_can_be_closed(self, api: Api, kind: str) -> None:
         await call(api.make(kind).close)
@@ -5058,6 +5069,30 @@ class TestInterrupts:
             path,
         )
 
+    def test_a_twin_of_from_async_in_memory_can_give_a_claim_back(self) -> None:
+        async def use() -> None:
+            queue = AsyncSQLiteQueue(":memory:")
+            await queue.enqueue(Task("f"))
+            twin = SQLiteQueue.from_async(queue)
+            calls: list[Any] = []
+            real = omniq_sqlite._LoopCall.run
+
+            def run(one: Any) -> Any:
+                calls.append(one)
+                return real(one)
+
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(omniq_sqlite._LoopCall, "run", run)
+                task = await asyncio.to_thread(twin.dequeue)
+            assert task is not None
+            calls[0].undo()
+            given_back = await queue.get_task(task.id)
+            assert given_back is not None
+            assert given_back.status == "pending"
+            await queue.close()
+
+        asyncio.run(use())
+
 
 class Alarm(Exception):
     """What a signal handler of the program raises."""
@@ -5120,6 +5155,60 @@ class TestRaisingHandlers:
             threads.join()
             queue.enqueue(Task("h"))
             assert {"g", "h"} <= set(select(path, "SELECT func FROM omniq_task"))
+
+    @pytest.mark.parametrize("name", ["_take", "_deliver"])
+    @pytest.mark.parametrize("before", [True, False])
+    def test_what_found_nothing_is_asked_again(
+        self, path: str, monkeypatch: pytest.MonkeyPatch, name: str, before: bool
+    ) -> None:
+        """It was off the list, unanswered, and its threads waited for ever."""
+        with SQLiteQueue(path) as queue:
+            queue.count_tasks()
+            with monkeypatch.context() as patch:
+                hit = raising_once(getattr(omniq_sqlite._Database, name), before=before)
+                wrapped = hit if name == "_take" else staticmethod(hit)
+                patch.setattr(omniq_sqlite._Database, name, wrapped)
+                with pytest.raises(Alarm):
+                    queue.dequeue()
+            queue.enqueue(Task("f"))
+            assert queue.dequeue() is not None
+
+    @pytest.mark.parametrize("before", [True, False])
+    def test_who_was_refused_is_refused_again(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: bool
+    ) -> None:
+        path = tmp_path / "jobs.db"
+        path.write_text("this is not a database, and it is long enough to tell" * 20)
+        queue = SQLiteQueue(path)
+        with monkeypatch.context() as patch:
+            hit = raising_once(omniq_sqlite._Database._deliver, before=before)
+            patch.setattr(omniq_sqlite._Database, "_deliver", staticmethod(hit))
+            with pytest.raises(Alarm):
+                queue.enqueue(Task("f"))
+        with pytest.raises(CorruptDatabaseError):
+            queue.enqueue(Task("f"))
+        queue.close()
+
+    def test_a_checkpoint_leaves_no_lock(
+        self, path: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(omniq_sqlite, "_has_wal_reset_bug", lambda _: True)
+        monkeypatch.setattr(omniq_sqlite, "_CHECKPOINT_COMMITS", 1)
+        with SQLiteQueue(path) as queue:
+            with monkeypatch.context() as patch:
+                retry = omniq_sqlite._Database.retry
+                hit = raising_once(retry, before=False)
+
+                def retry_or_hit(*args: Any, **terms: Any) -> Any:
+                    return (hit if "patience" in terms else retry)(*args, **terms)
+
+                patch.setattr(omniq_sqlite._Database, "retry", retry_or_hit)
+                with pytest.raises(Alarm):
+                    queue.enqueue(Task("f"))
+            with raw(path) as other:
+                other.execute("PRAGMA busy_timeout = 0")
+                other.execute("BEGIN IMMEDIATE")
+                other.execute("ROLLBACK")
 
     def test_a_connection_that_is_in_no_pool_is_closed_before_a_fork(
         self, path: str
@@ -5620,8 +5709,9 @@ class TestCheckpoints:
             queue.enqueue(Task("f"))
             assert spied.count("PRAGMA wal_checkpoint(PASSIVE)") == 1
 
+    @pytest.mark.parametrize("affected", [True, False])
     def test_the_size_of_the_wal_is_not_looked_at_after_each_quick_commit(
-        self, path: str, monkeypatch: pytest.MonkeyPatch
+        self, path: str, monkeypatch: pytest.MonkeyPatch, affected: bool
     ) -> None:
         looked, real = [], os.stat
 
@@ -5629,7 +5719,8 @@ class TestCheckpoints:
             looked.extend([name] if str(name).endswith("-wal") else [])
             return real(name, **options)
 
-        monkeypatch.setattr(omniq_sqlite, "_has_wal_reset_bug", lambda _: True)
+        monkeypatch.setattr(omniq_sqlite, "_has_wal_reset_bug", lambda _: affected)
+        monkeypatch.setattr(omniq_sqlite, "_CHECKPOINT_COMMITS", 256 if affected else 1)
         monkeypatch.setattr(omniq_sqlite, "_QUICK", 60.0)
         with SQLiteQueue(path, synchronous="OFF") as queue:
             queue.enqueue(Task("f"))
@@ -11322,6 +11413,23 @@ class TestCleanup:
             await call(backend.cleanup)
         assert count_free() < before
 
+    @pytest.mark.parametrize("encoding", ["UTF-16le", "UTF-16be"])
+    async def test_an_applications_file_may_be_in_utf_16(
+        self, api: Api, encoding: str
+    ) -> None:
+        with raw(api.path) as connection:
+            connection.execute(f"PRAGMA encoding = '{encoding}'")
+            connection.execute("CREATE TABLE app (a)")
+        for _ in range(2):
+            backend = api.backend(events=True)
+            await call(backend.enqueue, Task("f", ("ü\U0001f600",), unique_key="ü"))
+            task = await claim(backend.queue)
+            assert task.args == ("ü\U0001f600",)
+            await call(backend.complete, task, "ü")
+            assert (await call(backend.result, task.id)).value == "ü"
+            assert await call(backend.check) == []
+            await call(backend.close)
+
     async def test_the_pages_of_an_applications_file_are_left_alone(
         self, api: Api, backend: Any
     ) -> None:
@@ -11415,6 +11523,32 @@ class TestBackup:
         with pytest.raises((ValueError, OSError), match=r"jobs\.db"):
             await call(backend.backup, api.path)
         assert await call(backend.queue.count_tasks) == 1
+
+    def test_a_call_that_was_cancelled_makes_no_copy_later(
+        self, tmp_path: Path
+    ) -> None:
+        copy = str(tmp_path / "copy.db")
+        with raw(tmp_path / "jobs.db") as connection:
+            connection.execute("CREATE TABLE t (a)")
+            with pytest.raises(sqlite3.OperationalError, match="unable to open"):
+                omniq_sqlite._back_up(connection, copy)
+        assert not os.path.exists(copy)
+
+    async def test_a_full_disk_under_the_copy_is_told_by_its_name(
+        self, api: Api, backend: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        await call(backend.enqueue, Task("f"))
+        real = sqlite3.connect
+
+        def small(*args: Any, **terms: Any) -> sqlite3.Connection:
+            connection: sqlite3.Connection = real(*args, **terms)
+            connection.execute("PRAGMA max_page_count = 1")
+            return connection
+
+        monkeypatch.setattr(sqlite3, "connect", small)
+        with pytest.raises(DatabaseFullError, match=r"copy\.db"):
+            await call(backend.backup, api.folder / "copy.db")
+        assert not (api.folder / "copy.db").exists()
 
 
 class TestCheck:
@@ -12326,6 +12460,48 @@ class TestRun:
         assert statuses(path) == ["failed"] * bad
         if bad and column != "func":  # a name is told
             assert "secret" not in select(path, "SELECT error FROM omniq_task")[0]
+
+    def test_where_text_is_not_utf_8_other_queues_are_claimed_once(
+        self, path: str
+    ) -> None:
+        with SQLiteQueue(path) as queue:
+            for name in ("a", "a", "b", "b"):
+                queue.enqueue(Task("f", queue=name))
+            with raw(path) as connection:
+                connection.execute(
+                    "UPDATE omniq_task SET args = CAST(x'ff' AS TEXT) WHERE seq = 3"
+                )
+            found = queue.dequeue_many(10, ["a", "b"])
+            assert [task.queue for task in found] == ["a", "a", "b"]
+            assert len({task.id for task in found}) == 3
+
+    def test_ids_and_keys_that_are_not_utf_8_do_not_collide(self, path: str) -> None:
+        text = "CAST(x'6366ff' AS TEXT)"
+        with SQLiteQueue(path) as queue:
+            for _ in range(3):
+                queue.enqueue(Task("f", unique_key="k"))
+                with raw(path) as connection:
+                    connection.execute(
+                        f"UPDATE omniq_task SET id = {text}, unique_key = {text}"
+                        " WHERE unique_key = 'k'"
+                    )
+                task = queue.dequeue()
+                assert task is not None
+                assert task.unique_key is None
+            assert len({task.id for task in queue.list_tasks()}) == 3
+
+    def test_a_flush_that_failed_ends_it(
+        self, rig: Rig, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Behind it no outcome can be written; the leases were extended for ever."""
+
+        @rig.tasks.register
+        def pull_the_plug() -> None:
+            monkeypatch.setattr(omniq_sqlite._Wal, "flush", refuse_flush)
+
+        rig.enqueue(pull_the_plug.task())
+        with pytest.raises(DatabaseAccessError, match="open a new one"):
+            rig.run()
 
     def test_text_that_is_not_utf_8_is_told_and_not_shown(self, rig: Rig) -> None:
         [task_id] = rig.enqueue(Task("f", ("secret",)))
@@ -17512,7 +17688,8 @@ notebook = nbformat.read("notebook.ipynb", as_version=4)
 nbclient.NotebookClient(notebook, timeout=60, kernel_name="python3").execute()
 for cell in notebook.cells:
     for output in cell.get("outputs", ()):
-        print(output.get("text") or "\n".join(output["data"].values()))
+        text = output.get("text")  # a stream may come in pieces
+        print(text or "\n".join(output["data"].values()), end="" if text else "\n")
 """
 
 
