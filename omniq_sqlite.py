@@ -580,7 +580,10 @@ def _is_name(value: object) -> bool:
 
 
 def _is_instant(value: object) -> bool:
-    return isinstance(value, datetime) and value.utcoffset() is not None
+    """Also at the ends of the calendar, a zone or a rounding must not leave it."""
+    if not isinstance(value, datetime) or value.utcoffset() is None:
+        return False
+    return 2 <= value.year <= 9998
 
 
 def _is_mapping(value: object) -> bool:
@@ -601,7 +604,7 @@ _RULES = {
     **_rules(
         "at created_at run_at expires_at started_at finished_at lease_until"
         " since until",
-        "an aware datetime (with tzinfo)",
+        "an aware datetime (with tzinfo) of the years 2 to 9998",
         _is_instant,
     ),
     **_rules("kwargs metadata details", "a mapping", _is_mapping),
@@ -627,7 +630,7 @@ _RULES = {
 }
 
 
-_PAYLOADS = frozenset("args kwargs metadata details message error".split())
+_PAYLOADS = frozenset("args kwargs metadata details message error values".split())
 """Parameters that may hold secrets: errors tell the type of a value, not the value."""
 
 
@@ -1828,7 +1831,7 @@ WHERE coalesce(
     excluded.claim >= omniq_result.claim,
     excluded.attempt >= omniq_result.attempt,
     TRUE
-)
+) OR excluded.started_at > omniq_result.finished_at  -- a later task of the same id
 """
 
 SELECT_RESULTS_BY_ID = """
@@ -2142,7 +2145,7 @@ def _encode_dict(values: dict[Any, Any], depth: int) -> dict[str, Any]:
         if not isinstance(key, str):
             raise _Refused(f"a key of type {type(key).__name__} is not a string")
         try:
-            encoded[str(key)] = _encode(value, depth + 1)
+            encoded[str.__str__(key)] = _encode(value, depth + 1)  # also of an enum
         except _Refused as refused:
             refused.where = f"[{_shorten(repr(key), 50)}]{refused.where}"
             raise
@@ -2825,9 +2828,9 @@ class _Descriptor:
     _fd = -1
 
     def close(self) -> None:
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+        fd, self._fd = self._fd, -1  # first: an exception must not close it twice
+        if fd >= 0:
+            os.close(fd)
 
     __del__ = close
 
@@ -2890,7 +2893,7 @@ class _Bell:
 
     def reset(self) -> None:
         """Forget all waiters; in a forked child they are threads of the parent."""
-        self.lock = threading.Lock()
+        self.lock = threading.RLock()  # the collector may close a waiter in here
         self.waiters: set[_Waiter] = set()
         self.generation = 0
         self.version: tuple[sqlite3.Connection | None, int] = (None, 0)
@@ -3059,6 +3062,7 @@ class _Database:
         self.pending: collections.deque[_Operation[Any]] = collections.deque()
         self.leader: _Operation[Any] | None = None
         self.committing = False
+        self.reads = 0  # that were asked for, and have not ended
         self.threads.clear()
         self.bell.reset()
         for pool in self.pools:
@@ -3309,6 +3313,22 @@ class _Database:
         SQLITE_BUSY can still come from another process's recovery or last close.
         """
         self.check_open()
+        return self._read(function)
+
+    def accept(self, function: Callable[[sqlite3.Connection], T]) -> Callable[[], T]:
+        """Return a call that reads, for which a `shut()` waits; the gate is held."""
+        self.reads += 1
+
+        def call() -> T:
+            try:
+                return self._read(function)
+            finally:
+                with self.gate:
+                    self.reads -= 1
+
+        return call
+
+    def _read(self, function: Callable[[sqlite3.Connection], T]) -> T:
         pool = self.writer if self.memory else self.readers
 
         def attempt() -> T:
@@ -3753,7 +3773,7 @@ class _Database:
     def shut(self, timeout: float) -> None:
         """Refuse what comes, and close once what was begun has ended."""
         with self.gate:
-            if self.closed_reason is not None:
+            if self.ended:
                 return
             self.closed_reason = "it was closed"
         self.bell.ring()
@@ -3766,14 +3786,16 @@ class _Database:
             self.bell.wal = None
         error = SystemExit() if _exiting else StorageClosedError(self.path)
         self._refuse(list(self.pending), error)
-        for thread in self.threads:
+        for thread in list(self.threads):
             thread.stop()
         self.threads.clear()
-        with _databases_lock:
-            _databases.discard(self)
+        if not self.connections:  # else a fork must wait for what is still used
+            with _databases_lock:
+                _databases.discard(self)
 
     def _is_in_use(self) -> bool:
-        return bool(self.pending) or any(pool.used for pool in self.pools)
+        used = any(pool.used for pool in self.pools)
+        return used or bool(self.pending or self.reads)
 
 
 # -- Schema --
@@ -3891,6 +3913,8 @@ def _after_fork_in_child() -> None:
     _id_lock = threading.Lock()
     _operating_lock = threading.RLock()
     _operating.intersection_update({threading.get_ident()})
+    for ident in set(_undo) - {threading.get_ident()}:
+        del _undo[ident]  # a claim of the parent's
     for database in _resting:
         database.reset()
     _resting.clear()
@@ -3929,7 +3953,9 @@ def _close_at_exit() -> None:
     """Close what was forgotten, so that the WAL is folded in; never wait long."""
     global _exiting  # noqa: PLW0603 -- the process exits once
     _exiting = True
-    for database in list(_databases):
+    with _databases_lock:
+        databases = list(_databases)
+    for database in databases:
         database.shut(timeout=0.5)
 
 
@@ -4180,8 +4206,10 @@ class _DirectGateway:
     def _leave(self, operation: _Operation[Any], woken: _Latch) -> None:
         """Leave nothing behind that nobody waits for, and let the next one lead."""
         database = self.database
-        if threading.get_ident() in database.writer.used:
-            database.writer.__exit__()  # an exception had hit this
+        ident = threading.get_ident()
+        for pool in (database.checkpointer, database.writer):
+            if ident in pool.used:
+                pool.__exit__()  # an exception had hit this
         while not (
             operation.done
             or database.leader is operation
@@ -4402,7 +4430,7 @@ class _AsyncGateway:
             return database.read(function)
         with database.gate:  # a fork or a close in between would end the thread
             database.check_open()
-            call = partial(database.read, function)
+            call = database.accept(function)
             answer = _answer(_running_loop(), self._reader(), call)
         return await answer
 
@@ -4803,11 +4831,15 @@ def _refuse_loop(storage: object) -> None:
         )
 
 
-def _is_event_log_of(events: object, path: str) -> bool:
+def _are_one_file(one: str | os.PathLike[str], other: str | os.PathLike[str]) -> bool:
+    """Tell whether two paths, of files that may not be there yet, lead to one."""
+    paths = {_absolute(one), _absolute(other)}
+    return ":memory:" not in paths and len(set(map(os.path.realpath, paths))) == 1
+
+
+def _is_event_log_of(events: object, path: str | os.PathLike[str]) -> bool:
     """Tell whether an event storage is ours and on this very file."""
-    if not isinstance(events, _AsyncStorage) or ":memory:" in (path, events.path):
-        return False
-    return os.path.realpath(events.path) == os.path.realpath(path)
+    return isinstance(events, _AsyncStorage) and _are_one_file(events.path, path)
 
 
 def _deadline(timeout: float | None) -> float:
@@ -4835,7 +4867,8 @@ def _error_text(error: str | BaseException) -> str:
 def _wanted_id(task_id: object) -> str:
     """Return an id to look for; one that cannot be stored is simply not there."""
     _check(isinstance(task_id, str), "task_id", "a string", task_id)
-    return _clean_text(cast(str, task_id))
+    text = cast(str, task_id)
+    return text if _storable(text) else ""  # no task has that
 
 
 def _wanted_ids(ids: Iterable[object]) -> str:
@@ -5182,6 +5215,10 @@ def _bury(change: _Change, row: Row, error: str) -> None:
     change.note(EventType.FAILED, task_id, queue, None, error)
 
 
+def _claims_of(task: Task) -> int:
+    return task.claims
+
+
 class AsyncSQLiteQueue(_AsyncStorage):
     """A task queue in an SQLite file, for asyncio.
 
@@ -5216,7 +5253,7 @@ class AsyncSQLiteQueue(_AsyncStorage):
         readers: int = DEFAULT_READERS,
     ) -> None:
         arguments = _arguments_of(locals())
-        inside = _is_event_log_of(events, _absolute(path))
+        inside = _is_event_log_of(events, path)
         components = ("queue", "events") if inside else ("queue",)
         self._set_up(_new_gateway(path, arguments, *components), arguments)
 
@@ -5225,9 +5262,10 @@ class AsyncSQLiteQueue(_AsyncStorage):
         _check_values(retention=arguments["retention"])
         self._retention = float(arguments["retention"])
         events = arguments["events"]
-        fine = events is None or hasattr(events, "log_many")
-        _check(fine, "events", "an event storage or None", events)
-        self._events: AsyncEventStorage | None = events
+        self._events: AsyncEventStorage | None = None
+        if events is not None:
+            _check(hasattr(events, "log_many"), "events", "an event storage", events)
+            self._events = cast(AsyncEventStorage, _check_part(events, "events"))
         here = "events" in gateway.database.components
         self._events_inside = here and self._events is not None
         self._noted: dict[str, float] = {}
@@ -5490,10 +5528,10 @@ class AsyncSQLiteQueue(_AsyncStorage):
             lambda change: self._complete_all(change, checked), savepoint=False
         )
         if lost:
-            raise LeaseLostError(lost)
+            raise LeaseLostError([task.id for task in lost])
 
-    def _complete_all(self, change: _Change, tasks: Sequence[Task]) -> list[str]:
-        """Complete the tasks whose lease holds; return the ids of the others."""
+    def _complete_all(self, change: _Change, tasks: Sequence[Task]) -> list[Task]:
+        """Complete the tasks whose lease holds; return the others."""
         ids = [task.id for task in tasks]
         lease_ids = [task.lease_id for task in tasks]
         if self._retention or len(tasks) > 1:
@@ -5507,11 +5545,13 @@ class AsyncSQLiteQueue(_AsyncStorage):
                 change.rows(DELETE_KEPT, limit=len(tasks) + 1)
         else:
             rows = change.rows(DELETE_COMPLETED_ONE, id=ids[0], lease_id=lease_ids[0])
-        done = {task_id for (task_id,) in rows}
+        # Of two claims of one task, only the later one can have held.
+        last = {task.id: task.lease_id for task in sorted(tasks, key=_claims_of)}
+        done = {last[task_id] for (task_id,) in rows}
         for task in tasks:
-            if task.id in done:
+            if task.lease_id in done:
                 change.note_run(EventType.COMPLETED, task)
-        return [task_id for task_id in ids if task_id not in done]
+        return [task for task in tasks if task.lease_id not in done]
 
     async def fail(
         self,
@@ -5598,7 +5638,10 @@ class AsyncSQLiteQueue(_AsyncStorage):
             return until
 
         until = await self._write(run, flush=False, savepoint=False)
-        return replace(task, lease_until=_from_unix(until), progress=kept)
+        extended = copy.copy(task)  # not checked: somebody else may have written it
+        object.__setattr__(extended, "lease_until", _from_unix(until))
+        object.__setattr__(extended, "progress", kept)
+        return extended
 
     async def reclaim(self, worker: str) -> int:
         """End the leases of a worker that is gone; return how many there were.
@@ -6125,7 +6168,8 @@ class AsyncSQLiteEventStorage(_AsyncStorage):
 
     def _set_up(self, gateway: _Gateway, arguments: dict[str, Any]) -> None:
         super()._set_up(gateway, arguments)
-        _check_optional(retention=arguments["retention"])
+        self._retention: float | None = arguments["retention"]
+        _check_optional(retention=self._retention)
 
     async def log(self, event: TaskEvent) -> None:
         """Add an event."""
@@ -6789,6 +6833,7 @@ def _result_of_run(
         finished_at=finished_at,
         worker=task.worker,
         attempt=task.attempt,
+        metadata=task.metadata,
         claim=task.claims,
         **values,
     )
@@ -6797,12 +6842,17 @@ def _result_of_run(
 def _result_of_row(task: Task, stored: TaskResult | None) -> TaskResult:
     """Return what was stored by the claim that ended a task, or make it from the row.
 
-    A result of a claim before does not count: the task was retried since.
+    One of another claim does not count: the task was retried since, or an earlier
+    task had the same id.
     """
     ended = task.status in (TaskStatus.COMPLETED, TaskStatus.FAILED)
-    if ended and stored and (stored.claim is None or stored.claim >= task.claims):
-        return stored
+    if ended and stored:
+        claim = (stored.claim, stored.started_at)
+        if stored.claim is None or claim == (task.claims, task.started_at):
+            return stored
     status, kind, error = _RESULT_OF_STATUS[cast(TaskStatus, task.status)]
+    if task.status is TaskStatus.EXPIRED and task.error:
+        error = f"{error} again; before that: {task.error}"
     terms = {"error": error or task.error, "error_type": kind}
     return _result_of_run(task, status, task.finished_at, **terms)
 
@@ -6820,6 +6870,18 @@ def _due_at(task: Task) -> float:
     elif task.status is TaskStatus.SCHEDULED:
         times.append(task.run_at)
     return min((t.timestamp() for t in times if t is not None), default=math.inf)
+
+
+def _sleep_here(seconds: float) -> None:
+    _check_interrupts()
+    time.sleep(seconds)
+
+
+def _is_here(where: Any, path: str | os.PathLike[str]) -> bool:
+    """Tell whether a part, also an event storage given, is on a backend's own file."""
+    if isinstance(where, (str, os.PathLike)):
+        return _are_one_file(where, path)
+    return where is True or _is_event_log_of(where, path)
 
 
 def _is_ready(part: object) -> bool:
@@ -6859,7 +6921,7 @@ class AsyncSQLiteBackend(_AsyncStorage):
         results = True if results is None else results
         _check(queue is not False, "queue", "True, a path or a queue", queue)
         parts = {"queue": queue, "results": results, "events": events}
-        here = [name for name, where in parts.items() if where is True]
+        here = [name for name, where in parts.items() if _is_here(where, path)]
         self._set_up(_new_gateway(path, arguments, *here), arguments)
         self._closable: list[_AsyncStorage] = []
         self._events: AsyncEventStorage | None = self._part(
@@ -6898,8 +6960,12 @@ class AsyncSQLiteBackend(_AsyncStorage):
             return _check_part(where, name)
         shared = (*_SHARED_OPTIONS, "serializer")
         options = {name: self._arguments[name] for name in shared} | own
-        if where is True:
+        if _is_here(where, self.path):
             return cls._over(self._gateway, options)
+        for other in self._closable:
+            if _are_one_file(where, other.path):
+                other._gateway.database.components += (name,)
+                return cls._over(other._gateway, options)
         self._closable.append(cls(where, **options))
         return self._closable[-1]
 
@@ -6977,9 +7043,9 @@ class AsyncSQLiteBackend(_AsyncStorage):
         """
         if not self._owned:
             return
-        for storage in self._closable:
-            await storage.close()
-        await self._gateway.close()
+        async with contextlib.AsyncExitStack() as stack:  # each, if one cannot
+            for storage in (self._gateway, *self._closable):
+                stack.push_async_callback(storage.close)
 
     async def _open(self) -> None:
         if self._gateway.database.components:
@@ -7053,27 +7119,33 @@ class AsyncSQLiteBackend(_AsyncStorage):
             for task, value in pairs
         ]
         rows = self._rows_to_store(results)
-        lost = await self._store_elsewhere([task for task, _ in pairs], results)
-        tasks = [task for task, _ in pairs if task.id not in lost]
+        every = [task for task, _ in pairs]
+        lost = await self._store_elsewhere(every, results)
+        leases = {task.lease_id for task in lost}
+        tasks = [task for task in every if task.lease_id not in leases]
 
-        def run(change: _Change) -> list[str]:
+        def run(change: _Change) -> list[Task]:
             assert ours is not None
             gone = ours._complete_all(change, tasks)
             if len(gone) == len(tasks):
-                raise LeaseLostError(gone)
-            _store(change, [row for row in rows if row["task_id"] not in gone])
+                raise LeaseLostError([task.id for task in gone])
+            leases = {task.lease_id for task in gone}
+            ended = zip(every, rows, strict=False)  # there may be no rows
+            _store(change, [row for task, row in ended if task.lease_id not in leases])
             _insert_many(change, new_rows)
             return gone
 
+        ids = [task.id for task in lost]
         try:
             if ours is not None:
-                lost += await ours._write(run, savepoint=bool(new_rows))
+                gone = await ours._write(run, savepoint=bool(new_rows))
+                ids += [task.id for task in gone]
             else:
                 await queue.complete_many(tasks)
         except LeaseLostError as error:
-            lost += error.task_ids
-        if lost:
-            raise LeaseLostError(lost)
+            ids += error.task_ids
+        if ids:
+            raise LeaseLostError(ids)
         if ours is None and followers:
             await queue.enqueue_many(followers)
 
@@ -7085,24 +7157,23 @@ class AsyncSQLiteBackend(_AsyncStorage):
         return [storage._row_of(result) for result in results]
 
     async def _store_elsewhere(
-        self, tasks: Iterable[Task], results: Iterable[TaskResult]
-    ) -> list[str]:
+        self, tasks: Sequence[Task], results: Iterable[TaskResult]
+    ) -> list[Task]:
         """Store results that are not on the queue's file, before their tasks end.
 
-        Only those whose lease holds; return the ids of the other tasks.
+        Only those whose lease holds; return the other tasks.
 
         Raises: `LeaseLostError` if it holds for none.
         """
         if self._results is None or self._shares_file():
             return []
-        lost = []
-        for task in tasks:
+        lost, held = [], []
+        for task, result in zip(tasks, results, strict=True):
             current = await self._queue.get_task(task.id)
-            if current is None or current.lease_id != task.lease_id:
-                lost.append(task.id)
-        held = [result for result in results if result.task_id not in lost]
+            holds = current is not None and current.lease_id == task.lease_id
+            held.append(result) if holds else lost.append(task)
         if not held:
-            raise LeaseLostError(lost)
+            raise LeaseLostError([task.id for task in lost])
         await self._results.store_many(held)
         return lost
 
@@ -7123,6 +7194,9 @@ class AsyncSQLiteBackend(_AsyncStorage):
         """
         _check_lease(task)
         _check_optional(delay=delay)
+        given: object = exception
+        if not isinstance(given, BaseException):
+            raise TypeError(f"exception must be one, not {type(given).__name__}")
         rows: list[dict[str, Any]] = []
         if not retry or task.attempt >= task.max_attempts:
             terms = {
@@ -7215,9 +7289,16 @@ class AsyncSQLiteBackend(_AsyncStorage):
             due = min(live.values())
             gateway = self._queue._gateway
             await gateway.wait(seen, left, None if due == math.inf else due)
-        elif self._results is not None:
+            return
+        pause = 0.1
+        if self._results is not None:
+            pause = 0.01  # an old result may be there, which is no reason to spin
             with contextlib.suppress(TimeoutError):
                 await self._results.wait(next(iter(live)), timeout=min(left, 0.1))
+        if isinstance(self._gateway, _DirectGateway):
+            _sleep_here(min(left, pause))
+        else:
+            await asyncio.sleep(min(left, pause))
 
     # -- Upkeep --
 
@@ -7234,9 +7315,11 @@ class AsyncSQLiteBackend(_AsyncStorage):
             done |= await self._queue._clean_up()
         if self._results is not None:
             done["results"] = await self._results.purge()
-        retention = self._arguments["event_retention"]
-        if self._events is not None and retention is not None:
-            done["events"] = await self._events.purge(older_than=retention)
+        events, retention = self._events, self._arguments["event_retention"]
+        if isinstance(events, AsyncSQLiteEventStorage):  # which may have been given
+            retention = events._retention
+        if events is not None and retention is not None:
+            done["events"] = await events.purge(older_than=retention)
         for gateway in self._gateways():
             done["pages"] += await gateway.write(_Operation(_give_back_pages))
         return done
@@ -7339,7 +7422,7 @@ class AsyncResultStream:
         result: TaskResult | None = None
         try:
             result = await self._backend._look(task_id)
-        except TaskNotFoundError:
+        except (TaskNotFoundError, SerializationError):
             del self._waiting[task_id]
             raise
         finally:  # a call that was cancelled looks again
@@ -7486,7 +7569,7 @@ def _count_unguarded(path: str) -> int:
     """
     if path == ":memory:" or not _has_wal_reset_bug(sqlite3.sqlite_version_info):
         return 0
-    ours = {id(c) for database in list(_databases) for c in database.connections}
+    ours = {id(c) for database in list(_databases) for c in [*database.connections]}
     count = 0
     for found in gc.get_objects():
         if issubclass(type(found), sqlite3.Connection) and id(found) not in ours:
@@ -7563,6 +7646,7 @@ def _read_url(url: str) -> tuple[str, dict[str, Any]]:
     path = urllib.parse.unquote(parts.path)
     rule = "sqlite:///relative.db or sqlite:////absolute.db"
     _check(parts.netloc == "" and path[:1] == "/" and path != "/", "url", rule, url)
+    _check(parts.fragment == "", "url", "without '#'; in a path it is %23", url)
     options = {}
     known = "one of " + ", ".join(sorted(_URL_OPTIONS))
     for name, text in urllib.parse.parse_qsl(parts.query, keep_blank_values=True):
@@ -7604,7 +7688,7 @@ def _backend_from_env(cls: Callable[..., Any], *, asynchronous: bool) -> Any:
         if _scheme_of(other) == "sqlite":
             place, more = _read_url(other)
             _check(not more, f"URL of {part}", "without options", other)
-            options[part] = True if _absolute(place) == _absolute(path) else place
+            options[part] = place
         elif other:
             backend = _find_backend(other)(other, asynchronous=asynchronous)
             options[part] = getattr(backend, part)
@@ -7822,6 +7906,7 @@ _GATHER = 0.000_25  # seconds that a claim waits for quick functions, to fill al
 _LAST_WRITES = 1.0  # seconds for outcomes to be written after the grace has passed
 _QUICK_DEATH = 10.0  # seconds: a child that fails sooner is replaced ever more slowly
 _LONGEST_PAUSE = 5.0  # seconds between two tries
+_LONGEST_BEAT = 20.0  # seconds between two heartbeats: they also show that one lives
 
 _AnyContext = AbstractContextManager[Any] | AbstractAsyncContextManager[Any]
 
@@ -8100,11 +8185,13 @@ class _Run:
         while trace is not None and trace.tb_frame.f_code.co_filename == __file__:
             trace = trace.tb_next  # show where the function begins, not the way to it
         trace = trace or error.__traceback__
-        if isinstance(error, TaskTimeout) and not error.task_id:  # raised by us
-            error = TaskTimeout(self.task.id, self.task.timeout or 0.0)
-        error.__traceback__ = trace
+        # A class of somebody's may be frozen, or not call `super().__init__()`.
+        if isinstance(error, TaskTimeout) and not getattr(error, "task_id", "?"):
+            error = TaskTimeout(self.task.id, self.task.timeout or 0.0)  # raised by us
+        BaseException.with_traceback(error, trace)
         if isinstance(error, Retry):
-            return _Outcome(error=error.__cause__ or error, delay=error.delay)
+            delay = getattr(error, "delay", None)
+            return _Outcome(error=error.__cause__ or error, delay=delay)
         return _Outcome(error=error, retry=not isinstance(error, Reject))
 
 
@@ -8283,7 +8370,7 @@ class _Heartbeat:
         self._shift = shift
         self._worker = worker
         self._runs = runs
-        self._interval = worker.lease / 3
+        self.interval = min(worker.lease / 3, _LONGEST_BEAT)
         self._jobs: set[asyncio.Task[None]] = set()
         self._look_at = math.inf
         self._ended = False
@@ -8334,7 +8421,7 @@ class _Heartbeat:
         self._look_at = math.inf
         self._woken.clear()
         now = time.monotonic()
-        next_at = now + self._interval
+        next_at = now + self.interval
         for run in tuple(self._runs):
             self._attend(run, now)
             next_at = min(next_at, run.extend_at, run.interrupt_at, run.give_up_at)
@@ -8369,17 +8456,21 @@ class _Heartbeat:
         except LeaseLostError:
             self._shift.lose(run)
         except Exception as error:  # noqa: BLE001 -- a heartbeat never gives up
+            if isinstance(error, SerializationError):
+                run.progress = None
             self._shift.warn(run, "cannot be extended: %s", error)
-            run.extend_at = time.monotonic() + min(1.0, self._interval / 3)
+            run.extend_at = time.monotonic() + min(1.0, self.interval / 3)
         else:
             run.extended_at = now
-            wait = self._interval if run.progress is sent else _PROGRESS_INTERVAL
-            run.extend_at = now + min(self._interval, wait)
+            wait = self.interval if run.progress is sent else _PROGRESS_INTERVAL
+            run.extend_at = now + min(self.interval, wait)
         self._woken.set()
 
     async def _give_up(self, run: _Run) -> None:
         """Fail the attempt of a function that does not end, in its stead."""
         error = TaskTimeout(run.task.id, run.task.timeout or 0.0)
+        if run.outcome is not None:  # it has ended just now
+            return
         try:
             await self._backend.fail(run.task, error)
         except LeaseLostError:
@@ -8555,7 +8646,7 @@ class _Shift:
         self._cancel_all()
         for run in self._ours():
             if run.outcome is not None and run.job is not None:
-                run.job.cancel()
+                self._loop.call_soon(run.job.cancel)  # after its first step
         await self._until(
             lambda: not any(run.job or run.outcome for run in self._ours()),
             _LAST_WRITES,
@@ -8593,7 +8684,7 @@ class _Shift:
     def _cancel(self, run: _Run, why: str) -> None:
         if run.outcome is None and run.job is not None:
             run.cancelled_for = run.cancelled_for or why
-            run.job.cancel()
+            self._loop.call_soon(run.job.cancel)  # after its first step
 
     # Claiming.
 
@@ -8604,7 +8695,7 @@ class _Shift:
             await self._worker.backend.cleanup()
         self._on_ready()
         report = partial(self._log, logging.WARNING, "cannot claim: %s")
-        while self._left:
+        while self._left and self._claims:
             await self._until(self._room)
             if gather := self._threads.quick():
                 await self._until(lambda: not self._threads.quick(), gather)
@@ -8641,6 +8732,7 @@ class _Shift:
 
     async def _dequeue_within(self, timeout: float | None) -> list[Task]:
         worker = self._worker
+        await self._until(self._room)  # at another try it may have become less
         return await worker.backend.queue.dequeue_many(
             self._room(),
             worker.queues,
@@ -8682,7 +8774,7 @@ class _Shift:
         """Start a task that was claimed; nothing is awaited in between."""
         self._left -= 1
         self._free -= 1
-        run = _Run(task, self._heartbeat, self._worker.lease / 3)
+        run = _Run(task, self._heartbeat, self._heartbeat.interval)
         self._runs.add(run)
         function = self._worker.tasks._functions.get(task.func)
         if function is None:
@@ -8711,7 +8803,10 @@ class _Shift:
         """Start a run whose lease may have ended, if it is still ours."""
         try:
             await self._worker.backend.queue.extend(run.task, self._worker.lease)
-        except (Exception, asyncio.CancelledError) as error:  # noqa: BLE001
+        except asyncio.CancelledError:
+            run.outcome = _Outcome(released=True)
+            self._end(run)
+        except Exception as error:  # noqa: BLE001 -- it may be another worker's
             self.warn(run, "is left to its lease: %s", error)
             self._forget(run)
             self._free_slots(1)
@@ -8747,12 +8842,10 @@ class _Shift:
             return await function.function(*task.args, **task.kwargs)
 
     async def _run_async(self, run: _Run, function: TaskFunction[..., Any]) -> None:
-        job = asyncio.current_task()
-        assert job is not None
         try:
             run.outcome = _Outcome(await self._await(run, function))
         except asyncio.CancelledError as error:
-            run.outcome = self._judge_cancelled(run, error, job.cancelling())
+            run.outcome = self._judge_cancelled(run, error)
         except GeneratorExit:  # it has outlived the loop
             raise
         except BaseException as error:  # noqa: BLE001 -- SystemExit is a failure too
@@ -8760,12 +8853,16 @@ class _Shift:
         run.end_fork()
         self._end(run)
 
-    def _judge_cancelled(
-        self, run: _Run, error: asyncio.CancelledError, by_us: int
-    ) -> _Outcome:
+    def _judge_cancelled(self, run: _Run, error: asyncio.CancelledError) -> _Outcome:
         if run.cancelled_for == "timeout":
             return run.judge(TaskTimeout().with_traceback(error.__traceback__))
-        return _Outcome(released=True) if by_us else run.judge(error)
+        # Whoever ends the loop cancels all its tasks. A function that cancels itself
+        # has failed: given back, it would run again at once and for ever.
+        claimer = self._claimer
+        ends = claimer is None or claimer.done() or claimer.cancelling() > 0
+        if run.cancelled_for or ends or not self._claims:
+            return _Outcome(released=True)
+        return run.judge(error)
 
     # Called by the heartbeat, in its thread.
 
@@ -9003,7 +9100,19 @@ def _serve_as_child(
         finally:
             await worker.backend.close()
 
-    sys.exit(_run_loop(serve()))
+    status = 1
+    try:
+        status = _run_loop(serve())
+    finally:
+        end = partial(_end_process, status, worker.grace + _LAST_WRITES)
+        threading.Thread(target=end, daemon=True).start()
+    sys.exit(status)
+
+
+def _end_process(status: int, patience: float) -> None:
+    """End a process whose exit waits for a thread, as one of an executor, for ever."""
+    time.sleep(patience)
+    os._exit(status)
 
 
 def _obey(worker: AsyncWorker, pipe: Connection) -> None:
@@ -9014,6 +9123,12 @@ def _obey(worker: AsyncWorker, pipe: Connection) -> None:
     worker.stop()
     time.sleep(worker.grace + 2 * _LAST_WRITES)
     os._exit(1)
+
+
+def _ignores_ends() -> bool:
+    """Tell whether nobody learns how a child ends, as may be inherited over exec."""
+    number = getattr(signal, "SIGCHLD", None)
+    return number is not None and signal.getsignal(number) == signal.SIG_IGN
 
 
 _KILLED = -9  # by SIGKILL, from outside: says nothing about the program
@@ -9038,6 +9153,8 @@ class _Crew:
         import multiprocessing.util  # noqa: F401 -- registers that
 
         atexit.register(self.stop)
+        if threading.current_thread() is threading.main_thread() and _ignores_ends():
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         jobs = [asyncio.ensure_future(self._keep(place)) for place in self._places]
         try:
             await asyncio.gather(*jobs)
@@ -9073,15 +9190,23 @@ class _Crew:
                 return
             suffix = f"-{place}" if life == 1 else f"-{place}.{life}"
             name = self._worker.name + suffix
-            child = _Child(self._worker._copy(name), name, self._terms)
-            self._children.add(child)
-            await self._watch(child)
-            await self._bury(child)
-            if self._terms.until_empty and child.status == 0:
-                return
-            quick = time.monotonic() - child.started_at < _QUICK_DEATH
-            planned = child.status in (0, STUCK_STATUS, _RENEW_STATUS)
-            pause = _longer(pause) if quick and not planned else 0.0
+            try:
+                child = _Child(self._worker._copy(name), name, self._terms)
+            except OSError as error:
+                if not self._proven:
+                    raise
+                text = "worker process %s cannot be started: %s"
+                _log(logging.WARNING, name, text, name, error)
+                pause = _longer(pause)
+            else:
+                self._children.add(child)
+                await self._watch(child)
+                await self._bury(child)
+                if self._terms.until_empty and child.status == 0:
+                    return
+                quick = time.monotonic() - child.started_at < _QUICK_DEATH
+                planned = child.status in (0, STUCK_STATUS, _RENEW_STATUS)
+                pause = _longer(pause) if quick and not planned else 0.0
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(pause):
                     await self._stopped.wait()
@@ -9095,7 +9220,8 @@ class _Crew:
         """
         silent, pause = 0, self._worker.lease / 3
         while not (await asyncio.wait({child.ended}, timeout=pause))[0]:
-            silent = 0 if child.has_answered() or not child.ready else silent + 1
+            fine = child.has_answered() or not child.ready or self._stopped.is_set()
+            silent = 0 if fine else silent + 1
             if silent == 4:
                 text = "worker process %s gives no sign of life and is killed"
                 _log(logging.ERROR, child.name, text, child.name)
@@ -9361,8 +9487,9 @@ class _QueueInThreads(_InThreads):
             try:
                 tasks: list[Task] = await asyncio.shield(claim)
             except asyncio.CancelledError:
-                for task in await claim:
-                    await self.release(task)
+                with contextlib.suppress(Exception):  # else the stop would be lost
+                    for task in await claim:
+                        await self.release(task)
                 raise
             if tasks or time.monotonic() >= ends_at:
                 return tasks
@@ -10466,6 +10593,8 @@ def _run_events(options: argparse.Namespace) -> int:
     if "events" not in _components(options.file, *COMPONENT_TABLE):
         hint = "a backend with events=True keeps them"
         raise _CommandError(f"no events are kept in {options.file!r}: {hint}")
+    if options.follow and options.until is not None:
+        raise _CommandError("--until means nothing with --follow, which goes on")
     filters: dict[str, Any] = {
         "task_id": options.task,
         "queue": options.queue,
@@ -11348,7 +11477,7 @@ def _run_report(options: argparse.Namespace) -> int:
         if options.output != "-":
             _write_private(options.output, page, backend.path)
     if options.output == "-":
-        sys.stdout.write(page.decode())
+        sys.stdout.buffer.write(page)
     else:
         print(_printable(f"{options.output!r} has {len(page):,} bytes"))
     return 0
@@ -11363,6 +11492,8 @@ def _write_private(path: str, content: bytes, database: str) -> None:
                 if os.path.samefile(path, database + suffix):
                     raise _CommandError(f"{path!r} is the database")
         with open(path, "wb", opener=lambda p, _: os.open(p, flags, 0o600)) as file:
+            if hasattr(os, "fchmod") and os.path.isfile(path):
+                os.fchmod(file.fileno(), 0o600)  # it may have been there
             file.write(content)
     except OSError as error:
         raise _CommandError(f"cannot write {path!r}: {_reason_of(error)}") from error

@@ -5210,6 +5210,108 @@ class TestRaisingHandlers:
                 other.execute("BEGIN IMMEDIATE")
                 other.execute("ROLLBACK")
 
+    def test_a_pool_for_checkpoints_is_freed_as_well(
+        self, path: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(omniq_sqlite, "_has_wal_reset_bug", lambda _: True)
+        monkeypatch.setattr(omniq_sqlite, "_CHECKPOINT_COMMITS", 1)
+        with SQLiteQueue(path) as queue:
+            database = database_of(queue)
+            exit_pool = omniq_sqlite._Pool.__exit__
+            hits: list[None] = []
+
+            def exit_or_raise(pool: Any, *args: Any) -> None:
+                if pool is database.checkpointer and not hits:
+                    hits.append(None)
+                    raise Alarm
+                exit_pool(pool, *args)
+
+            monkeypatch.setattr(omniq_sqlite._Pool, "__exit__", exit_or_raise)
+            with pytest.raises(Alarm):
+                queue.enqueue(Task("f"))
+            threads = Threads()
+            threads.start(queue.enqueue, Task("g"))
+            threads.join()
+
+    async def test_what_was_asked_for_before_a_close_is_answered(
+        self, path: str
+    ) -> None:
+        queue = AsyncSQLiteQueue(path)
+        await queue.enqueue(Task("f"))
+        reads = [asyncio.ensure_future(queue.count_tasks()) for _ in range(40)]
+        await asyncio.sleep(0)
+        await queue.close()
+        assert await asyncio.gather(*reads) == [1] * 40
+
+    def test_a_descriptor_is_never_closed_twice(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        closed: list[int] = []
+
+        def close(fd: int) -> None:
+            closed.append(fd)
+            raise Alarm
+
+        class Made(omniq_sqlite._Descriptor):
+            _fd = 1_000_000
+
+        made = Made()
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "close", close)
+            with pytest.raises(Alarm):
+                made.close()
+            made.close()
+        assert closed == [1_000_000]
+
+    @POSIX
+    def test_a_fork_waits_for_what_a_close_could_not_wait_for(self, path: str) -> None:
+        """The child's commits were lost with the WAL that the parent deleted."""
+        queue = SQLiteQueue(path, busy_timeout=0.05)
+        queue.enqueue(Task("f"))
+        reading, go_on = threading.Event(), threading.Event()
+        database = database_of(queue)
+
+        def read(connection: sqlite3.Connection) -> None:
+            connection.execute("SELECT count(*) FROM omniq_task").fetchall()
+            reading.set()
+            go_on.wait(DEADLINE)
+
+        threads = Threads()
+        threads.start(database.read, read)
+        reading.wait(DEADLINE)
+        queue.close()
+        assert database.connections
+        assert database in omniq_sqlite._databases
+        go_on.set()
+        threads.join()
+        assert not database.connections
+
+    @POSIX
+    def test_a_child_gives_no_claim_of_the_parent_back(self) -> None:
+        called: list[None] = []
+        thread = threading.get_ident() + 1
+        omniq_sqlite._undo[thread] = lambda: called.append(None)
+        try:
+            pid = os.fork()
+            if pid == 0:
+                os._exit(thread in omniq_sqlite._undo)
+            assert os.waitpid(pid, 0)[1] == 0
+            assert thread in omniq_sqlite._undo
+        finally:
+            del omniq_sqlite._undo[thread]
+
+    def test_a_bell_may_be_used_by_the_collector_inside_itself(self, path: str) -> None:
+        with SQLiteQueue(path) as queue:
+            bell = database_of(queue).bell
+            threads = Threads()
+
+            def use_twice() -> None:
+                with bell.lock:
+                    bell.ring()
+
+            threads.start(use_twice)
+            threads.join()
+
     def test_a_connection_that_is_in_no_pool_is_closed_before_a_fork(
         self, path: str
     ) -> None:
@@ -11479,6 +11581,231 @@ class TestCleanup:
         assert spied.count("COMMIT") == 8
 
 
+class TestCorners:
+    @pytest.mark.parametrize("form", ["expires_at", "run_at"])
+    @pytest.mark.parametrize("year", [1, 9999])
+    def test_the_ends_of_the_calendar_are_refused(self, form: str, year: int) -> None:
+        instant = datetime(year, 12, 31, 23, 59, 59, 999_999, UTC)
+        with pytest.raises(ValueError, match="of the years 2 to 9998"):
+            Task("f", **cast(Any, {form: instant}))
+        Task("f", **cast(Any, {form: instant.replace(year=abs(year - 3))}))
+
+    def test_a_key_of_a_string_enum_is_its_value(self) -> None:
+        class Color(str, enum.Enum):  # noqa: UP042 -- whose str() is another
+            RED = "red"
+
+        serializer = omniq_sqlite.JSONSerializer()
+        assert serializer.loads(serializer.dumps({Color.RED: 1})) == {"red": 1}
+
+    async def test_an_id_that_cannot_be_stored_is_nobodys(self, api: Api) -> None:
+        queue = api.queue()
+        await call(queue.enqueue, Task("f", id="a?"))
+        assert await call(queue.cancel, "a\udc80") is False
+        assert await call(queue.get_task, "a\udc80") is None
+        assert statuses(api.path) == ["pending"]
+
+    async def test_a_result_has_the_tasks_metadata(self, backend: Any) -> None:
+        task_id = await call(backend.enqueue, Task("f", metadata={"user": 7}))
+        await call(backend.complete, await claim(backend.queue))
+        assert (await call(backend.result, task_id)).metadata == {"user": 7}
+
+    async def test_what_expired_after_a_failure_tells_both(
+        self, backend: Any, clock: Clock
+    ) -> None:
+        task_id = await call(
+            backend.enqueue,
+            Task(
+                "f",
+                max_attempts=3,
+                expires_at=datetime.fromtimestamp(clock() + 60, UTC),
+            ),
+        )
+        error = ValueError("the reason")
+        await call(backend.fail, await claim(backend.queue), error, delay=600)
+        clock.advance(1_000)
+        result = await call(backend.result, task_id, timeout=0)
+        assert result.error_type == "TaskExpired"
+        assert "the reason" in result.error
+
+    async def test_what_is_no_exception_cannot_fail_a_task(self, backend: Any) -> None:
+        await call(backend.enqueue, Task("f", max_attempts=5))
+        task = await claim(backend.queue)
+        with pytest.raises(TypeError, match="exception must be one, not str"):
+            await call(backend.fail, task, "text")
+        await call(backend.complete, task)
+
+    async def test_a_lease_of_a_row_that_breaks_the_rules_is_extended(
+        self, api: Api
+    ) -> None:
+        queue = api.queue()
+        await call(queue.enqueue, Task("f"))
+        with raw(api.path) as connection:
+            connection.execute("UPDATE omniq_task SET timeout = 0")
+        task = await claim(queue)
+        extended = await call(queue.extend, task, 100.0, progress=7)
+        assert extended.lease_until > task.lease_until
+        assert extended.progress == 7
+        assert task.progress is None
+
+    def test_a_fragment_in_a_url_is_refused(self) -> None:
+        with pytest.raises(ValueError, match="%23"):
+            SQLiteBackend.from_url("sqlite:///a#b.db")
+
+    async def test_an_event_storage_of_the_other_form_is_refused(
+        self, tmp_path: Path
+    ) -> None:
+        with (
+            SQLiteEventStorage(tmp_path / "events.db") as events,
+            pytest.raises(TypeError, match="events must be"),
+        ):
+            AsyncSQLiteQueue(tmp_path / "jobs.db", events=cast(Any, events))
+
+    @pytest.mark.parametrize("retention", [None, 3_600.0])
+    async def test_an_event_storage_keeps_its_own_retention(
+        self, api: Api, clock: Clock, retention: float | None
+    ) -> None:
+        events = api.events(api.folder / "events.db", retention=retention)
+        backend = api.backend(events=events)
+        await call(backend.enqueue, Task("f"))
+        clock.advance(86_400 * 365)
+        await call(backend.cleanup)
+        assert await get_types(events) == (["enqueued"] if retention is None else [])
+
+    @pytest.mark.parametrize("retention", [0.0, 60.0])
+    @pytest.mark.parametrize("elsewhere", [False, True])
+    async def test_of_two_claims_of_one_task_the_later_one_completes_it(
+        self, api: Api, clock: Clock, retention: float, elsewhere: bool
+    ) -> None:
+        place = api.folder / "results.db" if elsewhere else True
+        backend = api.backend(events=True, results=place, retention=retention)
+        task_id = await call(backend.enqueue, Task("f"))
+        stale = await claim(backend.queue, lease=1)
+        clock.advance(10)
+        fresh = await claim(backend.queue)
+        with pytest.raises(LeaseLostError) as caught:
+            await call(backend.complete_many, [(stale, "old"), (fresh, "new")])
+        assert caught.value.task_ids == [task_id]
+        assert (await call(backend.result, task_id, timeout=0)).value == "new"
+        assert await call(backend.status, task_id) == "completed"
+        assert (await get_types(backend.events)).count("completed") == 1
+
+    async def test_after_an_unreadable_result_the_others_can_be_had(
+        self, api: Api
+    ) -> None:
+        backend = api.backend()
+        ids = [await call(backend.enqueue, Task("f")) for _ in range(2)]
+        for _ in ids:
+            await call(backend.complete, await claim(backend.queue), 7)
+        with raw(api.path) as connection:
+            connection.execute(
+                "UPDATE omniq_result SET value = '{' WHERE task_id = ?", ids[:1]
+            )
+        stream = backend.wait_all(ids, timeout=5)
+        following = stream.__anext__ if api.is_async else stream.__next__
+        with pytest.raises(SerializationError):
+            await call(following)
+        assert (await call(following)).value == 7
+
+    @pytest.mark.parametrize("results", [False, True])
+    async def test_waiting_for_another_engine_does_not_spin(
+        self, api: Api, results: bool
+    ) -> None:
+        """Nor where the result of an earlier round is there all the time."""
+        looks: list[str] = []
+
+        class Foreign:
+            def dequeue_many(self) -> None: ...
+
+            def get_task(self, task_id: str) -> Task:
+                looks.append(task_id)
+                return Task("f", id=task_id, status=TaskStatus.RUNNING)
+
+        class AsyncForeign:
+            async def dequeue_many(self) -> None: ...
+
+            async def get_task(self, task_id: str) -> Task:
+                return Foreign().get_task(task_id)
+
+        foreign = AsyncForeign() if api.is_async else Foreign()
+        backend = api.backend(queue=foreign, results=results)
+        if results:
+            await call(backend.results.store, success("x", 7))
+        with pytest.raises(TimeoutError):
+            await call(backend.result, "x", timeout=0.35)
+        assert len(looks) < 60
+
+
+class TestSecondLives:
+    """An id that is free again may be used again."""
+
+    @pytest.mark.parametrize("results", [True, "results.db"])
+    async def test_its_result_is_that_of_the_later_task(
+        self, api: Api, clock: Clock, results: Any
+    ) -> None:
+        place = results if results is True else api.folder / results
+        backend = api.backend(results=place)
+        await call(backend.enqueue, Task("f", id="x", max_attempts=2))
+        await call(backend.fail, await claim(backend.queue), ValueError(), delay=0)
+        clock.advance(1)
+        await call(backend.complete, await claim(backend.queue), "first")
+        clock.advance(1)
+        await call(backend.enqueue, Task("f", id="x"))
+        clock.advance(1)
+        await call(backend.complete, await claim(backend.queue), "second")
+        assert (await call(backend.result, "x")).value == "second"
+
+    async def test_where_it_has_none_the_earlier_one_is_not_taken(
+        self, api: Api, clock: Clock
+    ) -> None:
+        backend = api.backend()
+        await call(backend.enqueue, Task("f", id="x"))
+        await call(backend.complete, await claim(backend.queue), "first")
+        clock.advance(1)
+        await call(backend.enqueue, Task("f", id="x", max_attempts=1))
+        await claim(backend.queue, lease=1, worker="w")
+        clock.advance(1_000)
+        result = await call(backend.result, "x", timeout=0)
+        assert (result.status, result.value) == ("error", None)
+
+
+class TestPartsOnOneFile:
+    @pytest.mark.parametrize("link", [False, True])
+    async def test_a_path_to_the_backends_own_file_is_that_file(
+        self, api: Api, tmp_path: Path, link: bool
+    ) -> None:
+        path = tmp_path / "jobs.db"
+        other = tmp_path / "link.db" if link else path
+        if link:
+            other.symlink_to(path)
+        backend = api.backend(path, results=str(other), events=other)
+        core = getattr(backend, "_async", backend)
+        assert core._shares_file()
+        assert core._queue._events_inside
+        assert core._closable == []
+
+    async def test_an_event_storage_on_it_is_written_in_the_same_commit(
+        self, api: Api
+    ) -> None:
+        events = api.events()
+        backend = api.backend(events=events)
+        core = getattr(backend, "_async", backend)
+        assert core._queue._events_inside
+        await call(backend.enqueue, Task("f"))
+        assert await get_types(events) == ["enqueued"]
+
+    async def test_two_parts_may_share_another_file(self, api: Api) -> None:
+        other = api.folder / "other.db"
+        backend = api.backend(queue=other, results=other, events=other)
+        core = getattr(backend, "_async", backend)
+        assert core._shares_file()
+        assert core._queue._events_inside
+        task_id = await call(backend.enqueue, Task("f"))
+        await call(backend.complete, await claim(backend.queue), 7)
+        assert (await call(backend.result, task_id)).value == 7
+        assert await get_types(backend.events) == ["enqueued", "dequeued", "completed"]
+        assert not api.path.exists()
+
+
 class TestBackup:
     async def test_a_copy_is_whole_and_can_be_opened(
         self, api: Api, backend: Any
@@ -12489,6 +12816,127 @@ class TestRun:
                 assert task is not None
                 assert task.unique_key is None
             assert len({task.id for task in queue.list_tasks()}) == 3
+
+    def test_any_exception_is_an_outcome(self, rig: Rig) -> None:
+        """One that could not be looked at left the task running for ever."""
+
+        @dataclasses.dataclass(frozen=True)
+        class FrozenError(Exception):
+            code: int
+
+        class SpareError(Retry):
+            def __init__(self) -> None:
+                pass
+
+        class SpareTimeout(TaskTimeout):
+            def __init__(self) -> None:
+                pass
+
+        @rig.tasks.register(name="fail")
+        def fail(kind: int) -> None:
+            raise [FrozenError(7), SpareError(), SpareTimeout()][kind]
+
+        @rig.tasks.register(name="fail_async")
+        async def fail_async(kind: int) -> None:
+            fail.function(kind)
+
+        ids = rig.enqueue(
+            *(fail.task(kind) for kind in range(3)),
+            *(fail_async.task(kind) for kind in range(3)),
+        )
+        rig.run()
+        assert {rig.get(task_id).status for task_id in ids} == {"failed"}
+
+    def test_a_function_that_cancels_itself_has_failed(self, rig: Rig) -> None:
+        """It was given back, and ran 600 times in half a second."""
+
+        @rig.tasks.register(max_attempts=2, retry_delay=0)
+        async def give_up() -> None:
+            task = asyncio.current_task()
+            assert task is not None
+            task.cancel()
+            await asyncio.sleep(0)
+
+        [task_id] = rig.enqueue(give_up.task())
+        rig.run()
+        assert rig.get(task_id).attempt == 2
+
+    @pytest.mark.parametrize("when", ["begin", "end"])
+    def test_what_is_cancelled_before_its_first_step_is_settled(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str
+    ) -> None:
+        tasks = TaskRegistry()
+
+        @tasks.register
+        async def quick() -> int:
+            if when == "begin":
+                await asyncio.sleep(60)
+            return 7
+
+        async def main() -> tuple[str, float]:
+            async with AsyncSQLiteBackend(tmp_path / "jobs.db") as backend:
+                await backend.enqueue(quick.task())
+                worker = AsyncWorker(backend, tasks, grace=0.0)
+                shift = omniq_sqlite._Shift
+                if when == "begin":
+                    take = shift._take
+
+                    def take_and_cancel(self: Any, task: Task) -> None:
+                        take(self, task)
+                        self._stop()
+                        self._cancel_all()
+
+                    monkeypatch.setattr(shift, "_take", take_and_cancel)
+                else:
+                    settle = shift._settle_ended
+
+                    def settle_and_cancel(self: Any) -> None:
+                        settle(self)
+                        self._stop()
+                        for run in self._ours():
+                            self._loop.call_soon(run.job.cancel)
+
+                    monkeypatch.setattr(shift, "_settle_ended", settle_and_cancel)
+                began = time.monotonic()
+                await worker.run(signals=False)
+                [status] = statuses(tmp_path / "jobs.db") or ["gone"]
+                return status, time.monotonic() - began
+
+        status, took = asyncio.run(main())
+        assert status == ("pending" if when == "begin" else "gone")
+        assert took < 0.9  # the patience for what does not end is 1 s
+
+    def test_a_progress_that_cannot_be_stored_costs_no_lease(self, path: str) -> None:
+        class Choosy(omniq_sqlite.JSONSerializer):
+            def dumps(self, value: Any) -> str:
+                if isinstance(value, dict) and "done" in value:
+                    raise ValueError("no progress here")
+                return str(super().dumps(value))
+
+        tasks = TaskRegistry()
+
+        @tasks.register
+        def slow() -> int:
+            progress(1)
+            time.sleep(1.0)
+            return 7
+
+        with SQLiteBackend(path, serializer=Choosy()) as backend:
+            task_id = backend.enqueue(slow.task())
+            worker = Worker(backend, tasks, lease=0.6)
+            worker.run(until_empty=True, signals=False)
+            result = backend.result(task_id, timeout=0)
+        assert (result.value, result.attempt) == (7, 1)
+
+    def test_a_worker_with_a_long_lease_is_seen_all_the_same(self, rig: Rig) -> None:
+        worker = rig.worker(lease=3_600.0)
+        core = worker._async if isinstance(worker, Worker) else worker
+
+        async def interval() -> float:
+            heartbeat = omniq_sqlite._Heartbeat(cast(Any, None), core, set())
+            return heartbeat.interval
+
+        assert asyncio.run(interval()) <= 20.0
 
     def test_a_flush_that_failed_ends_it(
         self, rig: Rig, monkeypatch: pytest.MonkeyPatch
@@ -13931,6 +14379,97 @@ class TestWorkerProcesses:
             print(len({name for name, _ in found}) == len({pid for _, pid in found}))
             """)
         program.expect("0", "True", "True")
+        assert program.end() == 0
+
+    def test_a_child_whose_exit_waits_for_a_thread_ends_all_the_same(
+        self, start: Callable[..., Program]
+    ) -> None:
+        program = start(
+            crew_program("""
+            ids = backend.enqueue_many([leave_a_thread.task() for _ in range(4)])
+            print(worker.run(until_empty=True, processes=2, max_tasks=1))
+            print(len(backend.results.get_many(ids)))
+            """).replace(
+                "def main(run):",
+                textwrap.dedent("""
+                @tasks.register
+                def leave_a_thread():
+                    from concurrent.futures import ThreadPoolExecutor
+
+                    ThreadPoolExecutor().submit(time.sleep, 600)
+
+                def main(run):
+                """),
+            )
+        )
+        program.expect("0", "4")
+        assert program.end() == 0
+
+    @POSIX
+    def test_the_ends_of_children_are_seen_where_they_were_ignored(
+        self, crew: Crew
+    ) -> None:
+        program = crew("""
+            import signal
+
+            signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # as over exec
+            task_id = backend.enqueue(who.task())
+            print(worker.run(until_empty=True, processes=2))
+            print(backend.status(task_id))
+            """)
+        program.expect("0", "completed")
+        assert program.end() == 0
+
+    def test_a_child_has_its_grace_also_where_that_is_longer_than_the_lease(
+        self, start: Callable[..., Program]
+    ) -> None:
+        program = start(
+            crew_program("""
+            task_id = backend.enqueue(slow.task())
+            worker = Worker(backend, tasks, lease=0.4, grace=30)
+            def stop():
+                while backend.status(task_id) != "running":
+                    time.sleep(0.01)
+                time.sleep(0.2)
+                worker.stop()
+            threading.Thread(target=stop).start()
+            print(worker.run(processes=2))
+            print(backend.result(task_id, timeout=0).attempt)
+            """).replace(
+                "def main(run):",
+                textwrap.dedent("""
+                @tasks.register
+                def slow():
+                    time.sleep(1.5)
+
+                def main(run):
+                """),
+            )
+        )
+        program.expect("0", "1")
+        assert program.end() == 0
+        assert "sign of life" not in program.errors
+
+    def test_a_child_that_cannot_be_started_is_started_later(
+        self, start: Callable[..., Program]
+    ) -> None:
+        program = start(
+            crew_program("""
+            ids = backend.enqueue_many([who.task() for _ in range(6)])
+            import omniq_sqlite
+
+            real, made = omniq_sqlite._Child.__init__, []
+            def init(child, *args):
+                made.append(args)
+                if len(made) == 3:
+                    raise OSError(11, "Resource temporarily unavailable")
+                real(child, *args)
+            omniq_sqlite._Child.__init__ = init
+            print(worker.run(until_empty=True, processes=2, max_tasks=2))
+            print(len(backend.results.get_many(ids)), len(made) > 3)
+            """)
+        )
+        program.expect("0", "6 True")
         assert program.end() == 0
 
     def test_a_child_with_a_function_that_hangs_is_replaced(self, crew: Crew) -> None:
