@@ -5215,10 +5215,6 @@ def _bury(change: _Change, row: Row, error: str) -> None:
     change.note(EventType.FAILED, task_id, queue, None, error)
 
 
-def _claims_of(task: Task) -> int:
-    return task.claims
-
-
 class AsyncSQLiteQueue(_AsyncStorage):
     """A task queue in an SQLite file, for asyncio.
 
@@ -5546,7 +5542,8 @@ class AsyncSQLiteQueue(_AsyncStorage):
         else:
             rows = change.rows(DELETE_COMPLETED_ONE, id=ids[0], lease_id=lease_ids[0])
         # Of two claims of one task, only the later one can have held.
-        last = {task.id: task.lease_id for task in sorted(tasks, key=_claims_of)}
+        in_order = sorted(tasks, key=lambda task: task.claims)
+        last = {task.id: task.lease_id for task in in_order}
         done = {last[task_id] for (task_id,) in rows}
         for task in tasks:
             if task.lease_id in done:
@@ -7121,8 +7118,8 @@ class AsyncSQLiteBackend(_AsyncStorage):
         rows = self._rows_to_store(results)
         every = [task for task, _ in pairs]
         lost = await self._store_elsewhere(every, results)
-        leases = {task.lease_id for task in lost}
-        tasks = [task for task in every if task.lease_id not in leases]
+        lost_leases = {task.lease_id for task in lost}
+        tasks = [task for task in every if task.lease_id not in lost_leases]
 
         def run(change: _Change) -> list[Task]:
             assert ours is not None

@@ -14275,6 +14275,16 @@ CREW_PROGRAM = """
         lock.acquire()
 
     @tasks.register
+    def leave_a_thread():
+        from concurrent.futures import ThreadPoolExecutor
+
+        ThreadPoolExecutor().submit(time.sleep, 600)
+
+    @tasks.register
+    def slow():
+        time.sleep(1.5)
+
+    @tasks.register
     async def wait():
         os.write(1, f"{os.getpid()}\\n".encode())  # whole, beside other processes
         await asyncio.sleep(60)
@@ -14363,26 +14373,13 @@ class TestWorkerProcesses:
         assert program.end() == 0
 
     def test_a_child_whose_exit_waits_for_a_thread_ends_all_the_same(
-        self, start: Callable[..., Program]
+        self, crew: Crew
     ) -> None:
-        program = start(
-            crew_program("""
+        program = crew("""
             ids = backend.enqueue_many([leave_a_thread.task() for _ in range(4)])
             print(worker.run(until_empty=True, processes=2, max_tasks=1))
             print(len(backend.results.get_many(ids)))
-            """).replace(
-                "def main(run):",
-                textwrap.dedent("""
-                @tasks.register
-                def leave_a_thread():
-                    from concurrent.futures import ThreadPoolExecutor
-
-                    ThreadPoolExecutor().submit(time.sleep, 600)
-
-                def main(run):
-                """),
-            )
-        )
+            """)
         program.expect("0", "4")
         assert program.end() == 0
 
@@ -14402,10 +14399,9 @@ class TestWorkerProcesses:
         assert program.end() == 0
 
     def test_a_child_has_its_grace_also_where_that_is_longer_than_the_lease(
-        self, start: Callable[..., Program]
+        self, crew: Crew
     ) -> None:
-        program = start(
-            crew_program("""
+        program = crew("""
             task_id = backend.enqueue(slow.task())
             worker = Worker(backend, tasks, lease=0.4, grace=30)
             def stop():
@@ -14416,26 +14412,13 @@ class TestWorkerProcesses:
             threading.Thread(target=stop).start()
             print(worker.run(processes=2))
             print(backend.result(task_id, timeout=0).attempt)
-            """).replace(
-                "def main(run):",
-                textwrap.dedent("""
-                @tasks.register
-                def slow():
-                    time.sleep(1.5)
-
-                def main(run):
-                """),
-            )
-        )
+            """)
         program.expect("0", "1")
         assert program.end() == 0
         assert "sign of life" not in program.errors
 
-    def test_a_child_that_cannot_be_started_is_started_later(
-        self, start: Callable[..., Program]
-    ) -> None:
-        program = start(
-            crew_program("""
+    def test_a_child_that_cannot_be_started_is_started_later(self, crew: Crew) -> None:
+        program = crew("""
             ids = backend.enqueue_many([who.task() for _ in range(6)])
             import omniq_sqlite
 
@@ -14449,7 +14432,6 @@ class TestWorkerProcesses:
             print(worker.run(until_empty=True, processes=2, max_tasks=2))
             print(len(backend.results.get_many(ids)), len(made) > 3)
             """)
-        )
         program.expect("0", "6 True")
         assert program.end() == 0
 
