@@ -1775,7 +1775,7 @@ GROUP BY queue
 
 SELECT_DUE_QUEUES = """
 -- cleanup: the queues in which time has changed something
-SELECT DISTINCT queue FROM main.omniq_task WHERE due_at <= :now
+SELECT DISTINCT CAST(queue AS BLOB) FROM main.omniq_task WHERE due_at <= :now
 """
 
 PURGE_TASKS = """
@@ -3884,27 +3884,95 @@ _disposing = threading.RLock()
 """Held while what was forgotten is closed: no fork may come between."""
 _resting: list[_Database] = []
 _exiting = False
-_shields: list[_Interrupts] = []
+_shields: dict[int, _ForkShield] = {}  # by thread
+
+
+class _ForkShield:
+    """Keeps exceptions away from before a fork until after it.
+
+    One in a hook of a fork does not stop that, but is printed, and would leave locks
+    behind. So what the program's signal handlers do is put off, and a task's timeout
+    comes later.
+    """
+
+    def __init__(self) -> None:
+        self.thread = threading.get_ident()
+        self.inside = self.thread in _operating
+        self.handlers: dict[int, Any] = {}
+        self.came: list[int] = []
+        self.prepared = False  # an exception may be faster
+
+    def begin(self) -> None:
+        while self.thread == threading.main_thread().ident:
+            try:
+                self._record_all()
+                break
+            except BaseException as error:  # noqa: BLE001 (of one not yet recorded)
+                logger.warning("dropped, because a fork is under way: %r", error)
+        with _operating_lock:
+            _operating.add(self.thread)
+
+    def _record_all(self) -> None:
+        for number in range(1, signal.NSIG):
+            handler = _signal.getsignal(number)
+            # An event loop's own does nothing: the loop has heard of the signal.
+            loops = getattr(handler, "__name__", "") == "_sighandler_noop"
+            if callable(handler) and not loops and handler != self._record:
+                self.handlers[number] = handler
+                _signal.signal(number, self._record)
+
+    def _record(self, number: int, _frame: object) -> None:
+        self.came.append(number)
+
+    def end(self) -> None:
+        if not self.inside:
+            _operating.discard(self.thread)
+        try:
+            for number, handler in list(self.handlers.items()):
+                _signal.signal(number, handler)
+                del self.handlers[number]
+        except BaseException:  # of one that came just now
+            self.end()
+            raise
+
+    def repeat(self) -> None:
+        """Send again what came, once the hooks are over and can be interrupted."""
+        over = threading.Lock()
+
+        def send() -> None:
+            with over:
+                for number in self.came:
+                    signal.pthread_kill(self.thread, number)
+
+        if self.came:
+            with over:
+                threading.Thread(target=send, daemon=True).start()
 
 
 def _before_fork() -> None:
+    _shields[threading.get_ident()] = shield = _ForkShield()
+    shield.begin()
     _databases_lock.acquire()
-    _shields.append(_Interrupts())  # an exception in here would not stop the fork
     for database in sorted(_databases, key=id):
         database.gate.acquire()
         _resting.append(database)
         database.rest()
     _disposing.acquire()
+    shield.prepared = True
 
 
 def _after_fork_in_parent() -> None:
-    _disposing.release()
-    for database in _resting:
-        database.gate.release()
-    _resting.clear()
-    shield = _shields.pop()
-    _databases_lock.release()
-    shield.restore()
+    shield = _shields.pop(threading.get_ident(), None) or _ForkShield()
+    if shield.prepared:
+        _disposing.release()
+        for database in _resting:
+            database.gate.release()
+        _resting.clear()
+        _databases_lock.release()
+    try:
+        shield.end()
+    finally:
+        shield.repeat()
 
 
 def _after_fork_in_child() -> None:
@@ -3915,10 +3983,18 @@ def _after_fork_in_child() -> None:
     _operating.intersection_update({threading.get_ident()})
     for ident in set(_undo) - {threading.get_ident()}:
         del _undo[ident]  # a claim of the parent's
+    shield = _shields.get(threading.get_ident())
+    if shield is None or not shield.prepared:
+        _resting[:] = _databases
+        for database in _resting:
+            for connection in list(database.connections):
+                database.leave_alone(connection)
     for database in _resting:
         database.reset()
     _resting.clear()
-    _shields.pop().drop()
+    for shield in list(_shields.values()):
+        shield.end()  # what came was meant for the parent
+    _shields.clear()
     current = _interrupts
     if current is not None and current.thread != threading.get_ident():
         current.drop()  # the call of a main thread that is not here
@@ -4968,6 +5044,15 @@ class _Change:
         return rows[0]
 
     @contextlib.contextmanager
+    def undecoded(self) -> Generator[None]:
+        """Let text be read as bytes: SQLite lets anybody store what is not UTF-8."""
+        self.cursor.connection.text_factory = bytes
+        try:
+            yield
+        finally:
+            self.cursor.connection.text_factory = str
+
+    @contextlib.contextmanager
     def all_or_nothing(self) -> Generator[None]:
         self.cursor.execute("SAVEPOINT omniq_part")
         try:
@@ -4982,8 +5067,8 @@ class _Change:
 
 
 def _text(value: Any) -> str:
-    """Return text that a caller's connection may hand out as bytes."""
-    return value if isinstance(value, str) else bytes(value).decode()
+    """Return text that was read as bytes, as a caller's connection may do, too."""
+    return value if isinstance(value, str) else bytes(value).decode(errors="replace")
 
 
 def _settle(change: _Change, due: Sequence[Row]) -> int:
@@ -5173,12 +5258,8 @@ class _Claim(_Operation[_Claimed]):
 
         Such text becomes text that says so, and is no JSON; an id is drawn anew.
         """
-        connection = change.cursor.connection
-        connection.text_factory = bytes
-        try:
+        with change.undecoded():
             found = change.rows(SELECT_CLAIMED_TEXT, **terms)
-        finally:
-            connection.text_factory = str
         rows: list[Row] = []
         for seq, task_id, func, args, kwargs, metadata, unique_key, error in found:
             rows += change.rows(
@@ -5204,7 +5285,9 @@ def _from_utf_8(stored: object, otherwise: str | None = None) -> object:
 
 def _settle_due(change: _Change, queue: str) -> int:
     """Settle what is due in a queue, a bounded number; return how many."""
-    return _settle(change, change.rows(SELECT_DUE, queue=queue, limit=_SETTLE_LIMIT))
+    with change.undecoded():
+        due = change.rows(SELECT_DUE, queue=queue, limit=_SETTLE_LIMIT)
+        return _settle(change, due)
 
 
 def _bury(change: _Change, row: Row, error: str) -> None:
@@ -5649,7 +5732,8 @@ class AsyncSQLiteQueue(_AsyncStorage):
 
         def run(change: _Change) -> int:
             change.rows(DELETE_WORKER, name=worker)
-            return _settle(change, change.rows(END_LEASES, worker=worker))
+            with change.undecoded():
+                return _settle(change, change.rows(END_LEASES, worker=worker))
 
         self._noted.pop(worker, None)
         return await self._write(run)
@@ -5799,7 +5883,8 @@ class AsyncSQLiteQueue(_AsyncStorage):
         """Settle what is due, delete what was kept long enough; in small steps."""
         settled = 0
         for (name,) in await self._rows(SELECT_DUE_QUEUES, now=self._clock()):
-            settled += await self._settle_queue(name)
+            with contextlib.suppress(UnicodeDecodeError):  # no call can name that one
+                settled += await self._settle_queue(name.decode())
         deleted = await _in_steps(_SETTLE_LIMIT, partial(self._write, _delete_old))
         return {"settled": settled, "tasks": deleted}
 
@@ -9343,9 +9428,10 @@ class AsyncWorker:
         paused do not count); it waits for a retry in the future, by the backend's
         clock. `max_tasks`: return after so many. `processes`: more than one runs the
         worker in as many child processes named `NAME-1` and so on, which are
-        replaced when they end, or give no sign of life for a lease (stopped, or
-        stuck in C); functions must then be importable. `signals`: stop at SIGINT
-        or SIGTERM, and end at once at the second (main thread only).
+        replaced when they end (with `max_tasks` after so many each, against what
+        functions leak), or give no sign of life for a lease (stopped, or stuck in
+        C); functions must then be importable. `signals`: stop at SIGINT or
+        SIGTERM, and end at once at the second (main thread only).
 
         Cancelled, it releases async functions at once and waits for plain ones.
         """

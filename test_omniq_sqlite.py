@@ -4354,18 +4354,84 @@ class TestFork:
                 time.sleep(0.1)
                 go.set()
             os.register_at_fork(before=forking.set)  # called before the module's own
-            sys.unraisablehook = lambda _: None  # a hook's exception is only printed
             other = threading.Thread(target=interrupt)
             other.start()
             try:
                 pid = fork(lambda: queue.enqueue(Task("child")))
+                time.sleep(20)
             except KeyboardInterrupt:
                 pass
+            else:
+                raise AssertionError("the signal was swallowed")
             thread.join()
             other.join()
             queue.enqueue(Task("parent"))
             os.wait()
             assert rows() == ["child", "f", "parent"], rows()
+            """)
+
+    def test_a_handler_that_raises_during_a_fork_leaves_nothing_locked(
+        self, run_here: RunHere
+    ) -> None:
+        """At each line of what is done before and after it; other threads hung."""
+        run_here("""
+            class Stop(BaseException):
+                pass
+            def stop(number, frame):
+                raise Stop
+            signal.signal(signal.SIGTERM, stop)
+            queue = SQLiteQueue(path, synchronous="NORMAL")
+            parent = os.getpid()
+            raised = refused = came = when = 0
+            def trace(frame, event, argument):
+                global line, came
+                ours = frame.f_code.co_filename == omniq_sqlite.__file__
+                if ours and event == "line" and os.getpid() == parent:
+                    line += 1
+                    if line == when:
+                        came += 1
+                        signal.raise_signal(signal.SIGTERM)
+                return trace if ours else None
+            printed = []  # of the first and the last lines
+            sys.unraisablehook = printed.append
+            omniq_sqlite.logger.warning = lambda *text: printed.append(text)
+            while came == when:
+                when, line, pid = when + 1, 0, None
+                printed.clear()
+                queue.enqueue(Task("both"))  # opens the file
+                sys.settrace(trace)
+                try:
+                    pid = os.fork()
+                    sys.settrace(None)
+                    if pid == 0:
+                        try:
+                            queue.enqueue(Task("child"))
+                        except StorageClosedError:
+                            os._exit(3)
+                        os._exit(0)
+                    for _ in range(5000 * (came == when)):
+                        time.sleep(0.001)  # what came is sent again
+                        if printed:
+                            break
+                    else:
+                        assert came < when, (when, "it was swallowed")
+                except Stop:
+                    raised += 1
+                sys.settrace(None)
+                thread = threading.Thread(target=queue.enqueue, args=(Task("parent"),))
+                thread.start()
+                thread.join(10)
+                assert not thread.is_alive(), when
+                _, status = os.wait()
+                refused += status >> 8 == 3
+                assert status in (0, 3 << 8), (when, status)
+            assert signal.getsignal(signal.SIGTERM) is stop
+            assert when > 80, when
+            assert refused < 12, refused  # before the shield is up
+            assert raised > 0.7 * when, (raised, when)
+            funcs = rows()
+            assert funcs.count("parent") == funcs.count("both") == when
+            assert funcs.count("child") == when - refused
             """)
 
     def test_a_lock_that_another_thread_held_stops_no_child(
@@ -5509,21 +5575,65 @@ class TestThrownExceptions:
 
     @POSIX
     def test_the_lock_is_free_in_a_forked_child(self, run_here: RunHere) -> None:
+        """Another thread takes it while the fork waits for a reader."""
         run_here("""
             queue = SQLiteQueue(path)
-            held, release = threading.Event(), threading.Event()
+            queue.enqueue(Task("f"))
+            inside, forking, go, release = (threading.Event() for _ in range(4))
+            def read(connection):
+                inside.set()
+                go.wait()
+            database = queue._async._gateway.database
             def hold():
+                forking.wait()
+                while not database.resting:
+                    time.sleep(0.001)
                 with omniq_sqlite._operating_lock:
-                    held.set()
+                    go.set()
                     release.wait()
-            thread = threading.Thread(target=hold)
-            thread.start()
-            held.wait()
-            pid = fork(lambda: queue.enqueue(Task("f")))
-            join(pid)
+            threads = [
+                threading.Thread(target=database.read, args=(read,)),
+                threading.Thread(target=hold),
+            ]
+            for thread in threads:
+                thread.start()
+            inside.wait()
+            os.register_at_fork(before=forking.set)  # called before the module's own
+            join(fork(lambda: queue.enqueue(Task("child"))))
             release.set()
-            thread.join()
-            assert queue.count_tasks() == 1
+            for thread in threads:
+                thread.join()
+            assert rows() == ["child", "f"], rows()
+            """)
+
+    def test_a_timeout_that_comes_during_a_fork_is_put_off(
+        self, run_here: RunHere
+    ) -> None:
+        run_here("""
+            queue = SQLiteQueue(path)
+            queue.enqueue(Task("f"))
+            inside, forking, go = (threading.Event() for _ in range(3))
+            def read(connection):
+                inside.set()
+                go.wait()
+            database = queue._async._gateway.database
+            reader = threading.Thread(target=database.read, args=(read,))
+            reader.start()
+            inside.wait()
+            thrown = []
+            def throw():
+                while not database.resting:
+                    time.sleep(0.001)
+                thrown.append(omniq_sqlite._throw(forker.ident, TaskTimeout))
+                go.set()
+            forker = threading.Thread(target=lambda: join(fork(lambda: None)))
+            thrower = threading.Thread(target=throw)
+            for thread in (thrower, forker):
+                thread.start()
+            for thread in (thrower, forker, reader):
+                thread.join()
+            assert thrown == [False]
+            assert not omniq_sqlite._operating
             """)
 
 
@@ -12787,6 +12897,43 @@ class TestRun:
         assert statuses(path) == ["failed"] * bad
         if bad and column != "func":  # a name is told
             assert "secret" not in select(path, "SELECT error FROM omniq_task")[0]
+
+    @pytest.mark.parametrize("column", ["id", "worker", "error"])
+    @pytest.mark.parametrize("events", [False, True])
+    def test_what_is_due_and_not_utf_8_does_not_stop_it(
+        self, path: str, column: str, events: bool
+    ) -> None:
+        """A lease that was over ended the worker, for its task could not be read."""
+        tasks = TaskRegistry()
+        plain = tasks.register(thumbnail)
+        with SQLiteBackend(path, events=events) as backend:
+            backend.enqueue(plain.task("a"))
+            assert backend.queue.dequeue(lease=0.01, worker="w") is not None
+            with raw(path) as connection:
+                connection.execute(
+                    f"UPDATE omniq_task SET {column} = CAST(x'22ff' AS TEXT)"
+                )
+            last = backend.enqueue(plain.task("b"))
+            time.sleep(0.02)
+            Worker(backend, tasks).run(until_empty=True, signals=False)
+            assert backend.result(last, timeout=0).value == "b:128"
+            assert backend.results is not None
+            assert len(backend.results.list_results()) == 2
+        assert statuses(path) == []
+
+    def test_a_queue_whose_name_is_not_utf_8_does_not_keep_others_from_a_cleanup(
+        self, path: str
+    ) -> None:
+        with SQLiteBackend(path) as backend:
+            for name in ("a", "b", "c"):
+                backend.enqueue(Task("f", queue=name))
+                assert backend.queue.dequeue(name, lease=0.01) is not None
+            with raw(path) as connection:
+                connection.execute(
+                    "UPDATE omniq_task SET queue = CAST(x'62ff' AS TEXT) WHERE seq = 2"
+                )
+            time.sleep(0.02)
+            assert backend.cleanup()["settled"] == 2
 
     def test_where_text_is_not_utf_8_other_queues_are_claimed_once(
         self, path: str

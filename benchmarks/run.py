@@ -24,6 +24,7 @@ import shlex
 import shutil
 import signal
 import sqlite3
+import subprocess
 import sys
 import tempfile
 import time
@@ -353,12 +354,47 @@ class Bench:
 # =============================================================================
 
 
+def slow_down_flushes(milliseconds: float, folder: Path) -> None:
+    """Let the stations flush as on a slower disk: all of them, and what they start.
+
+    Raises: `CannotError` where there is no C compiler, or the library does not act.
+    """
+    library = str(folder / "slow_flush.so")
+    source = str(Path(__file__).with_name("slow_flush.c"))
+    command = ["cc", "-shared", "-fPIC", "-O1", "-o", library, source, "-ldl"]
+    before = time_flush(folder)
+    try:
+        subprocess.run(command, check=True, capture_output=True, text=True)
+    except FileNotFoundError as error:
+        raise CannotError("flushes cannot be slowed without a C compiler") from error
+    except subprocess.CalledProcessError as error:
+        raise CannotError(f"flushes cannot be slowed here: {error.stderr}") from error
+    os.environ["LD_PRELOAD"] = library
+    os.environ["OMNIQ_BENCHMARK_FLUSH_US"] = str(int(milliseconds * 1_000))
+    after = time_flush(folder)
+    if after < 0.8 * (before + milliseconds):
+        raise CannotError(f"flushes are not slowed here: {before:.2f}, {after:.2f} ms")
+
+
+def time_flush(folder: Path) -> float:
+    """Return the milliseconds in which a process like the stations flushes a page."""
+    station = Station()
+    try:
+        milliseconds: float = station.call(
+            workloads.time_flush, folder, timeout=CALL_TIMEOUT
+        )
+        return milliseconds
+    finally:
+        station.close()
+
+
 def describe(options: argparse.Namespace, root: Path) -> dict[str, Any]:
     """Return what the figures depend on."""
     names = ("aiosqlite", "anyio")
     return {
         "date": time.strftime("%Y-%m-%d"),
         "command": "python benchmarks/run.py " + shlex.join(options.given),
+        "flush": f"{time_flush(root):.2f} ms",
         "python": platform.python_version(),
         "sqlite": sqlite3.sqlite_version,
         "system": f"{platform.system()} {platform.release()}",
@@ -453,6 +489,14 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         metavar="N",
         help="rows of the large files",
     )
+    add(
+        "--flush-ms",
+        type=float,
+        default=0.0,
+        metavar="MS",
+        help="let each flush take this much longer, for all alike, as on a slower"
+        " disk (Linux, needs a C compiler)",
+    )
     add_output_options(parser)
     options = parser.parse_args(arguments)
     options.given = list(arguments)
@@ -495,7 +539,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     began = time.monotonic()
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
+        if options.flush_ms:
+            slow_down_flushes(options.flush_ms, root)
         results = run(options, root)
+    except CannotError as error:
+        print(error, file=sys.stderr)
+        return 1
     finally:
         shutil.rmtree(root, ignore_errors=True)
     if not options.quick:

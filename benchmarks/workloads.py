@@ -98,6 +98,20 @@ def fresh_folder(root: Path) -> Generator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def time_flush(root: Path) -> float:
+    """Return the milliseconds that it takes to flush a page that is overwritten."""
+    flush = getattr(os, "fdatasync", os.fsync)
+    took: list[float] = []
+    with fresh_folder(root) as folder, (folder / "page").open("wb", 0) as file:
+        for _ in range(50):
+            file.seek(0)
+            file.write(bytes(4_096))
+            began = time.perf_counter()
+            flush(file.fileno())
+            took.append(time.perf_counter() - began)
+    return 1e3 * statistics.median(took)
+
+
 @contextlib.contextmanager
 def opened(name: str, folder: Path, level: str) -> Generator[Peer]:
     """Open the queue of that name."""
