@@ -8791,10 +8791,12 @@ class _Shift:
 
     def _room(self) -> int:
         # Ended runs whose outcome is not written yet hold no slot, but they are
-        # bounded: a database that stalls stops the claims. All free slots at once
-        # or none: claims of one task each would cost a transaction each.
+        # bounded: a database that stalls stops the claims. Twice the slots, so that a
+        # claim goes with the outcomes before it, while earlier ones are flushed (then
+        # 8 no-ops take one commit, not 1.5). All free slots at once or none: claims
+        # of one task each would cost a transaction each.
         unwritten = len(self._runs) - (self._worker.concurrency - self._free)
-        if unwritten > self._worker.concurrency:
+        if unwritten > 2 * self._worker.concurrency:
             return 0
         return int(min(self._free, self._left))
 
