@@ -663,7 +663,8 @@ def _rules_of(cls: Any) -> list[tuple[str, str, Callable[[Any], bool], object]]:
     """Return (name, rule, test, default) for the fields of a class that have a rule."""
     found = []
     for each in fields(cls):
-        rule = _RULES.get(f"{cls.__name__}.{each.name}") or _RULES.get(each.name)
+        own = (_RULES.get(f"{c.__name__}.{each.name}") for c in cls.__mro__)
+        rule = next(filter(None, own), _RULES.get(each.name))
         if rule is not None:
             found.append((each.name, *rule, each.default))
     return found
@@ -1418,7 +1419,7 @@ INSERT INTO main.omniq_task (
 
 SELECT_KEY_HOLDER = """
 -- enqueue: the live task that holds a key, and whether its time has come
-SELECT seq, id, queue, worker, status, coalesce(due_at <= :now, FALSE)
+SELECT seq, id, queue, worker, status, due_at <= :now
 FROM main.omniq_task
 WHERE queue = :queue AND unique_key = :unique_key
     AND status IN ('scheduled', 'pending', 'running')
@@ -1775,7 +1776,7 @@ GROUP BY queue
 
 SELECT_DUE_QUEUES = """
 -- cleanup: the queues in which time has changed something
-SELECT DISTINCT CAST(queue AS BLOB) FROM main.omniq_task WHERE due_at <= :now
+SELECT DISTINCT queue FROM main.omniq_task WHERE due_at <= :now
 """
 
 PURGE_TASKS = """
@@ -2209,7 +2210,13 @@ class JSONSerializer:
             raise SerializationError(f"value{refused.where}", refused.detail) from None
         except (RecursionError, ValueError) as error:  # an integer of 4,300 digits
             raise SerializationError("value", str(error)) from None
-        return text if _storable(text) else _to_ascii_json(encoded)
+        if _storable(text):
+            return text
+        text = _to_ascii_json(encoded)
+        if json.loads(text) != encoded:  # two surrogates side by side become one
+            detail = "text with two lone surrogates that make a character"
+            raise SerializationError("value", detail)
+        return text
 
     def loads(self, text: str) -> Any:
         """Return the value whose JSON text this is."""
@@ -3833,6 +3840,9 @@ def schema_versions(connection: sqlite3.Connection, path: str) -> dict[str, int]
             rows = cursor.execute(SELECT_SCHEMA).fetchall()
             versions = {_ascii(name): int(number) for name, number in rows}
         except (sqlite3.OperationalError, TypeError, ValueError) as error:
+            code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR)
+            if code & 0xFF != sqlite3.SQLITE_ERROR:  # busy, or a broken disk
+                raise
             detail = "its table omniq_schema is not OmniQ's"
             raise SchemaVersionError(path, "omniq_schema", detail) from error
     for component, table in COMPONENT_TABLE.items():
@@ -5044,15 +5054,6 @@ class _Change:
         return rows[0]
 
     @contextlib.contextmanager
-    def undecoded(self) -> Generator[None]:
-        """Let text be read as bytes: SQLite lets anybody store what is not UTF-8."""
-        self.cursor.connection.text_factory = bytes
-        try:
-            yield
-        finally:
-            self.cursor.connection.text_factory = str
-
-    @contextlib.contextmanager
     def all_or_nothing(self) -> Generator[None]:
         self.cursor.execute("SAVEPOINT omniq_part")
         try:
@@ -5064,6 +5065,16 @@ class _Change:
                 self.cursor.execute("RELEASE omniq_part")
             raise
         self.cursor.execute("RELEASE omniq_part")
+
+
+@contextlib.contextmanager
+def _undecoded(connection: sqlite3.Connection) -> Generator[None]:
+    """Let text be read as bytes: SQLite lets anybody store what is not UTF-8."""
+    connection.text_factory = bytes
+    try:
+        yield
+    finally:
+        connection.text_factory = str
 
 
 def _text(value: Any) -> str:
@@ -5258,7 +5269,7 @@ class _Claim(_Operation[_Claimed]):
 
         Such text becomes text that says so, and is no JSON; an id is drawn anew.
         """
-        with change.undecoded():
+        with _undecoded(change.cursor.connection):
             found = change.rows(SELECT_CLAIMED_TEXT, **terms)
         rows: list[Row] = []
         for seq, task_id, func, args, kwargs, metadata, unique_key, error in found:
@@ -5285,7 +5296,7 @@ def _from_utf_8(stored: object, otherwise: str | None = None) -> object:
 
 def _settle_due(change: _Change, queue: str) -> int:
     """Settle what is due in a queue, a bounded number; return how many."""
-    with change.undecoded():
+    with _undecoded(change.cursor.connection):
         due = change.rows(SELECT_DUE, queue=queue, limit=_SETTLE_LIMIT)
         return _settle(change, due)
 
@@ -5611,27 +5622,32 @@ class AsyncSQLiteQueue(_AsyncStorage):
 
     def _complete_all(self, change: _Change, tasks: Sequence[Task]) -> list[Task]:
         """Complete the tasks whose lease holds; return the others."""
-        ids = [task.id for task in tasks]
-        lease_ids = [task.lease_id for task in tasks]
+        done: set[str | None] = set()
+        left = list({task.lease_id: task for task in tasks}.values())
+        while left:
+            batch = {task.id: task for task in left}  # one claim of each task
+            for task_id in self._complete_batch(change, list(batch.values())):
+                done.add(batch[task_id].lease_id)
+                change.note_run(EventType.COMPLETED, batch[task_id])
+            left = [task for task in left if batch[task.id] is not task]
+        return [task for task in tasks if task.lease_id not in done]
+
+    def _complete_batch(self, change: _Change, tasks: Sequence[Task]) -> list[str]:
+        """Complete different tasks whose lease holds; return their ids."""
         if self._retention or len(tasks) > 1:
             rows = change.rows(
                 KEEP_COMPLETED if self._retention else DELETE_COMPLETED,
-                ids=_to_json(ids),
-                lease_ids=_to_json(lease_ids),
+                ids=_to_json([task.id for task in tasks]),
+                lease_ids=_to_json([task.lease_id for task in tasks]),
                 keep_until=change.now + self._retention,
             )
             if self._retention:  # without a backend nothing else would delete them
                 change.rows(DELETE_KEPT, limit=len(tasks) + 1)
         else:
-            rows = change.rows(DELETE_COMPLETED_ONE, id=ids[0], lease_id=lease_ids[0])
-        # Of two claims of one task, only the later one can have held.
-        in_order = sorted(tasks, key=lambda task: task.claims)
-        last = {task.id: task.lease_id for task in in_order}
-        done = {last[task_id] for (task_id,) in rows}
-        for task in tasks:
-            if task.lease_id in done:
-                change.note_run(EventType.COMPLETED, task)
-        return [task for task in tasks if task.lease_id not in done]
+            [task] = tasks
+            claim = {"id": task.id, "lease_id": task.lease_id}
+            rows = change.rows(DELETE_COMPLETED_ONE, **claim)
+        return [task_id for (task_id,) in rows]
 
     async def fail(
         self,
@@ -5732,7 +5748,7 @@ class AsyncSQLiteQueue(_AsyncStorage):
 
         def run(change: _Change) -> int:
             change.rows(DELETE_WORKER, name=worker)
-            with change.undecoded():
+            with _undecoded(change.cursor.connection):
                 return _settle(change, change.rows(END_LEASES, worker=worker))
 
         self._noted.pop(worker, None)
@@ -5882,7 +5898,13 @@ class AsyncSQLiteQueue(_AsyncStorage):
     async def _clean_up(self) -> dict[str, int]:
         """Settle what is due, delete what was kept long enough; in small steps."""
         settled = 0
-        for (name,) in await self._rows(SELECT_DUE_QUEUES, now=self._clock()):
+
+        def find(connection: sqlite3.Connection) -> list[Row]:
+            with _undecoded(connection):
+                return connection.execute(SELECT_DUE_QUEUES, now).fetchall()
+
+        now = {"now": self._clock()}
+        for (name,) in await self._gateway.read(find):
             with contextlib.suppress(UnicodeDecodeError):  # no call can name that one
                 settled += await self._settle_queue(name.decode())
         deleted = await _in_steps(_SETTLE_LIMIT, partial(self._write, _delete_old))
@@ -6285,7 +6307,9 @@ class AsyncSQLiteEventStorage(_AsyncStorage):
         others = {"task_id": task_id, "queue": queue, "type": type}
         way, filters = _event_filter(after, since, until, **others)
         statement = SELECT_EVENTS[way, bool(newest_first)]
-        rows = await self._rows(statement, limit=limit, **filters)
+        return self._read(await self._rows(statement, limit=limit, **filters))
+
+    def _read(self, rows: Iterable[Row]) -> list[TaskEvent]:
         return _read("event", _event_of, rows, self._serializer)
 
     async def count(
@@ -6340,7 +6364,7 @@ class AsyncEventFollower:
     def __init__(self, storage: AsyncSQLiteEventStorage, after: int) -> None:
         self._storage = storage
         self._after = after
-        self._ready: collections.deque[TaskEvent] = collections.deque()
+        self._ready: collections.deque[Row] = collections.deque()
         self._closed = False
 
     def __aiter__(self) -> Self:
@@ -6356,15 +6380,17 @@ class AsyncEventFollower:
         gateway = self._storage._gateway
         while not self._closed:
             if self._ready:
-                return self._ready.popleft()
+                row = self._ready.popleft()
+                self._after = row[0]  # also of one that cannot be read
+                [event] = self._storage._read([row])
+                return event
             seen = gateway.database.bell.generation
-            events = await self._storage.query(
-                after=str(self._after), limit=_FOLLOW_BATCH
+            any_of = dict.fromkeys(("task_id", "queue", "type", "since", "until"))
+            terms = {"after": self._after, "limit": _FOLLOW_BATCH, **any_of}
+            self._ready += await self._storage._rows(
+                SELECT_EVENTS["id", False], **terms
             )
-            if events:
-                self._after = int(cast(str, events[-1].id))
-                self._ready.extend(events)
-            else:
+            if not self._ready:
                 await gateway.wait(seen, None)
         return None
 
@@ -6419,7 +6445,7 @@ class _Twin(Generic[A]):
         Call it where that loop runs; use the twin in any other thread. Closing it
         leaves the async object open.
         """
-        self = cls._over(storage, storage._arguments)
+        self = cls._over(storage, getattr(storage, "_arguments", {}))
         self._loop = _running_loop("from_async() must be called where the loop runs")
         self._loop_thread = threading.get_ident()
         return self
@@ -6448,7 +6474,7 @@ class _Twin(Generic[A]):
     @property
     def path(self) -> str:
         """The absolute path of the file, or ":memory:"."""
-        return self._async.path
+        return getattr(self._async, "path", repr(self._async))  # of another engine
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.path!r})"
@@ -6478,7 +6504,10 @@ class _Twin(Generic[A]):
         return await _in_thread(self.__enter__)
 
     async def __aexit__(self, *_: object) -> None:
-        await _in_thread(self.close)
+        from anyio import CancelScope
+
+        with CancelScope(shield=True):  # also where the block was cancelled
+            await _in_thread(self.close)
 
 
 async def _in_thread(call: Callable[[], T]) -> T:
@@ -6488,7 +6517,11 @@ async def _in_thread(call: Callable[[], T]) -> T:
 
 
 class _Unblocked:
-    """Gives a blocking storage of another engine the form that the core awaits."""
+    """Gives a blocking storage of another engine the form that the core awaits.
+
+    It may be built on one of ours. So it is called as outside of the call under way,
+    which holds nothing at this moment, and whose claim is still given back.
+    """
 
     def __init__(self, storage: object) -> None:
         self._storage = storage
@@ -6500,7 +6533,16 @@ class _Unblocked:
         method = getattr(self._storage, name)
 
         async def call(*args: Any, **kwargs: Any) -> Any:
-            return method(*args, **kwargs)
+            ident = threading.get_ident()
+            inside, undo = ident in _operating, _undo.pop(ident, _nothing)
+            _operating.discard(ident)
+            try:
+                return method(*args, **kwargs)
+            finally:
+                if inside:
+                    with _operating_lock:
+                        _operating.add(ident)
+                    _undo[ident] = undo
 
         return call
 
@@ -6556,6 +6598,7 @@ class SQLiteQueue(_Twin[AsyncSQLiteQueue]):
         """Add tasks inside the caller's own transaction and return their ids."""
         if isinstance(connection, aiosqlite.Connection):
             raise TypeError("connection must be a sqlite3.Connection here")
+        self._check_usable()
         # In this thread in every case: the connection belongs to it.
         return self._async._enqueue_on(connection, tasks)
 
@@ -6944,16 +6987,6 @@ def _store(change: _Change, rows: Sequence[dict[str, Any]]) -> None:
         change.cursor.executemany(UPSERT_RESULT, rows)
 
 
-def _due_at(task: Task) -> float:
-    """Return when time changes a live task, as the file's `due_at`."""
-    times = [task.expires_at]
-    if task.status is TaskStatus.RUNNING:
-        times = [task.lease_until]
-    elif task.status is TaskStatus.SCHEDULED:
-        times.append(task.run_at)
-    return min((t.timestamp() for t in times if t is not None), default=math.inf)
-
-
 def _sleep_here(seconds: float) -> None:
     _check_interrupts()
     time.sleep(seconds)
@@ -7046,7 +7079,10 @@ class AsyncSQLiteBackend(_AsyncStorage):
             return cls._over(self._gateway, options)
         for other in self._closable:
             if _are_one_file(where, other.path):
-                other._gateway.database.components += (name,)
+                database = other._gateway.database
+                both = _is_event_log_of(own.get("events"), where)
+                wanted = (name, "events") if both else (name,)
+                database.components += tuple(set(wanted) - set(database.components))
                 return cls._over(other._gateway, options)
         self._closable.append(cls(where, **options))
         return self._closable[-1]
@@ -7252,7 +7288,7 @@ class AsyncSQLiteBackend(_AsyncStorage):
         lost, held = [], []
         for task, result in zip(tasks, results, strict=True):
             current = await self._queue.get_task(task.id)
-            holds = current is not None and current.lease_id == task.lease_id
+            holds = current and current.lease_id == task.lease_id is not None
             held.append(result) if holds else lost.append(task)
         if not held:
             raise LeaseLostError([task.id for task in lost])
@@ -7354,8 +7390,6 @@ class AsyncSQLiteBackend(_AsyncStorage):
         ours = self._queue if isinstance(self._queue, AsyncSQLiteQueue) else None
         if ours is None or task is None or task.status not in LIVE_STATUSES:
             return False
-        if _due_at(task) > ours._clock():
-            return False
         return await ours._settle_queue(task.queue) > 0
 
     def _main_gateway(self) -> _Gateway:
@@ -7445,20 +7479,23 @@ class AsyncSQLiteBackend(_AsyncStorage):
                 text = f"{_counted(count, 'connection')} of this process may checkpoint"
                 text += " outside the guard; execute PRAGMA wal_autocheckpoint=0 there"
                 findings.append(Finding("checkpoints", "warning", text))
+        try:
+            await self._check_claims(findings)
+        except OmniQError as error:  # of what was found before, or somebody's row
+            findings.append(Finding("queue", "error", str(error)))
+        return findings
+
+    async def _check_claims(self, findings: list[Finding]) -> None:
         if isinstance(self._queue, AsyncSQLiteQueue):
             rows = await self._queue._rows(SELECT_OVERDUE, before=self._clock())
-            findings += [
-                Finding(
-                    "leases", "warning", f"{_counted(n, 'lease')} over in {queue!r}"
-                )
-                for queue, n in rows
-            ]
+            for queue, count in rows:
+                text = f"{_counted(count, 'lease')} over in {queue!r}"
+                findings.append(Finding("leases", "warning", text))
         for worker in await self._queue.list_workers():
             if (reason := _why_gone(worker, self._now())) is not None:
                 text = f"worker {worker.name!r} {reason}, with"
                 text += f" {_counted(worker.running, 'task')}"
                 findings.append(Finding("workers", "warning", text))
-        return findings
 
 
 class AsyncResultStream:
@@ -7520,7 +7557,7 @@ class AsyncResultStream:
         backend = self._backend
         seen = backend._main_gateway().database.bell.generation
         live = await backend._live(self._waiting)
-        now = backend._clock()
+        now = backend._main_gateway().database.options.clock()  # as what settles them
         self._ended.extend(i for i in self._waiting if live.get(i, 0.0) <= now)
         if not self._ended:
             left = _time_left(self._deadline, next(iter(live)), self._timeout)
@@ -7684,7 +7721,7 @@ def _is_dead(pid: int) -> bool:
         status = Path(f"/proc/{pid}/stat").read_text()
     except ProcessLookupError:
         return True
-    except OSError:  # somebody else's, or a system without /proc
+    except (OSError, OverflowError):  # somebody else's, or a system without /proc
         return False
     return status.rpartition(") ")[2][:1] in ("Z", "X")  # ended, not yet reaped
 
@@ -7760,13 +7797,18 @@ def _find_backend(url: str) -> Callable[..., Any]:
 
 
 def _backend_from_env(cls: Callable[..., Any], *, asynchronous: bool) -> Any:
+    names = {"results": "OMNIQ_RESULT_STORAGE_URL", "events": "OMNIQ_EVENT_STORAGE_URL"}
+    urls = {part: os.environ.get(name, "") for part, name in names.items()}
     url = os.environ.get("OMNIQ_TASK_QUEUE_URL", "")
     _check(url != "", "OMNIQ_TASK_QUEUE_URL", "set to the URL of the queue", url)
     if _scheme_of(url) != "sqlite":
+        for part, other in urls.items():
+            _check(
+                other == "", names[part], "unset beside a queue not in SQLite", other
+            )
         return _backend_from_url(cls, url, asynchronous=asynchronous)
     path, options = _read_url(url)
-    for part, variable in (("results", "RESULT"), ("events", "EVENT")):
-        other = os.environ.get(f"OMNIQ_{variable}_STORAGE_URL", "")
+    for part, other in urls.items():
         if _scheme_of(other) == "sqlite":
             place, more = _read_url(other)
             _check(not more, f"URL of {part}", "without options", other)
@@ -7774,6 +7816,8 @@ def _backend_from_env(cls: Callable[..., Any], *, asynchronous: bool) -> Any:
         elif other:
             backend = _find_backend(other)(other, asynchronous=asynchronous)
             options[part] = getattr(backend, part)
+            wanted = f"the URL of a backend with {part}"
+            _check(options[part] is not None, names[part], wanted, other)
     return cls(path, **options)
 
 
@@ -7830,6 +7874,7 @@ class SQLiteBackend(_Twin[AsyncSQLiteBackend]):
 
         Raises: `StorageClosedError` after `close()`.
         """
+        self._check_usable()
         for database in self._async._databases():
             database.check_open()
         parts = [self._arguments[name] for name in ("queue", "results", "events")]
