@@ -2490,6 +2490,7 @@ _HELD_WAL_PAUSE = 0.25  # seconds after one transaction at most
 _INTERRUPT_INTERVAL = 0.05  # seconds between two looks for a recorded SIGINT
 _LOST_WAKE = 2.0  # seconds until a thread looks whether an exception hit its waker
 _FIRST_LOOK = 0.0005  # seconds after a write to the WAL; the next at double distances
+_FORK_PATIENCE = 1.0  # seconds for which a fork inside a blocking call waits for others
 _LAST_LOOK = 0.05  # seconds between two looks when nobody writes, in case one is missed
 _LOOKS_APART = 0.006  # seconds between two looks when others write all the time
 
@@ -2604,6 +2605,17 @@ def _is_alien(error: BaseException) -> bool:
     return in_main and not isinstance(error, ours)
 
 
+def _raise_alarm(error: Exception) -> None:
+    """Raise an error that only looks like the system's, which always has a number.
+
+    As a `TimeoutError` by the program's handler of SIGALRM.
+    """
+    if isinstance(error, OmniQError):
+        return
+    if isinstance(error, OSError) and error.errno is None:
+        raise error
+
+
 def _is_undecodable(error: BaseException) -> bool:
     """Tell whether a text in the file is not UTF-8: SQLite lets anybody store such."""
     return isinstance(error, UnicodeDecodeError) or "decode to UTF-8" in str(error)
@@ -2656,7 +2668,7 @@ class _Operation(Generic[T]):
 
     `run` is called inside a transaction, perhaps again after a rollback. `wake` is
     called when it is this operation's turn to have a group committed, and without
-    a `future` also when it is done. It is handed over once.
+    a `future` also when it is done.
     """
 
     wake: Callable[[], None]
@@ -2786,7 +2798,7 @@ class _Pool:
                     database.check_open()
                 self.used[ident] = self.idle.pop() if self.idle else None
             connection = self.used[ident]
-            if connection is None:
+            if connection not in database.connections:  # none, or closed for a fork
                 connection = database.connect(writable=self.writable)
                 self.used[ident] = connection
             return connection
@@ -2884,7 +2896,7 @@ class _WalWatch(_Descriptor):
         poll = select.poll()
         poll.register(self._fd, select.POLLIN)
         written = bool(poll.poll(math.ceil(timeout * 1e3)))
-        if written:
+        if written and self._fd >= 0:  # else it was closed in a child
             os.read(self._fd, 65_536)
         return written
 
@@ -2954,8 +2966,10 @@ class _Bell:
         try:
             changed = not self.database.memory and self._version_moved()
             now = self.database.options.clock()
-        except Exception:  # noqa: BLE001 (whoever looks gets the error)
-            changed, now = True, 0.0
+        except Exception as error:
+            if _is_alien(error):
+                raise
+            changed, now = True, 0.0  # whoever looks gets the error
         if changed:
             self.distance = _FIRST_LOOK
             self.ring()
@@ -3123,6 +3137,7 @@ class _Database:
             except OmniQError:
                 raise
             except (sqlite3.Error, OSError, UnicodeDecodeError) as error:
+                _raise_alarm(error)
                 waited = time.monotonic() - since
                 if not _is_busy(error) or waited >= limit:
                     raise self.translate(error, waited) from error
@@ -3223,7 +3238,8 @@ class _Database:
     def _stat(self) -> tuple[int, int] | None:
         try:
             status = os.stat(self.path)
-        except OSError:
+        except OSError as error:
+            _raise_alarm(error)
             return None
         return status.st_dev, status.st_ino
 
@@ -3380,7 +3396,7 @@ class _Database:
             heir.wake()
 
     def serve(self) -> None:
-        """Commit one group of the operations that wait; return when none does."""
+        """Commit one group of the operations that wait, if any does."""
         began, commits = time.monotonic(), self.commits_since_checkpoint
         while self.pending:
             group: list[_Operation[Any]] = []
@@ -3614,6 +3630,7 @@ class _Database:
             try:
                 self.wal = _Wal(connection, self.wal_path)
             except OSError as error:
+                _raise_alarm(error)
                 raise self.translate(error) from error
         if self.flush_failed:
             reason = "its WAL could not be flushed; when the disk is well again, close"
@@ -3626,6 +3643,7 @@ class _Database:
         try:
             wal.flush()
         except OSError as error:
+            _raise_alarm(error)
             self.flush_failed = True
             reason = "what was just written may not outlive a power cut, as its WAL"
             reason += f" cannot be flushed: {error.strerror}"
@@ -3678,7 +3696,11 @@ class _Database:
             else:
                 by_loop.setdefault(operation.future.get_loop(), []).append(operation)
         for loop, operations in by_loop.items():
-            _call_soon(loop, _Arrival(operations))
+            if loop.is_closed():
+                for operation in operations:
+                    operation.drop()
+            else:
+                _call_soon(loop, _Arrival(operations))
 
     # -- The WAL --
 
@@ -3716,7 +3738,8 @@ class _Database:
         """Return the size of the WAL; 0 if there is none."""
         try:
             return os.stat(self.wal_path).st_size
-        except OSError:
+        except OSError as error:
+            _raise_alarm(error)
             return 0
 
     def _checkpoint(self) -> None:
@@ -3736,31 +3759,34 @@ class _Database:
             if frames > _LONG_WAL_FRAMES:  # a reader may have kept it from a reset
                 self.commits_since_checkpoint = _CHECKPOINT_COMMITS - _QUICK_COMMITS
         except (sqlite3.Error, OSError, OmniQError) as error:
+            _raise_alarm(error)
             logger.debug("checkpoint of %r was put off: %s", self.path, error)
 
     # -- Rest, fork and close --
 
-    def rest(self) -> None:
+    def rest(self, patience: float = math.inf) -> bool:
         """Close all connections, with the gate held, once none is in use.
 
         Only the one of an operation of this very thread is left (it can only be
-        a signal handler that forks).
+        a signal handler that forks). Tells whether they came to rest in time.
         """
-        ident = threading.get_ident()
+        ident, limit = threading.get_ident(), time.monotonic() + patience
         self.resting = True
-        while any(other != ident for pool in self.pools for other in pool.used):
-            try:
-                self.freed.wait()
-            except BaseException as error:  # noqa: BLE001 (it would not stop the fork)
-                logger.warning("dropped, because a fork is under way: %r", error)
-        self.resting = False
-        self.freed.notify_all()
+        try:
+            while any(other != ident for pool in self.pools for other in pool.used):
+                if time.monotonic() >= limit:
+                    return False
+                self.freed.wait(None if patience == math.inf else patience)
+        finally:
+            self.resting = False
+            self.freed.notify_all()
         if self.memory:
-            return
+            return True
         self.close_unused()
         for thread in [t for t in self.threads if t.outstanding == 0]:
             thread.stop()
             self.threads.remove(thread)
+        return True
 
     def leave_alone(self, connection: sqlite3.Connection) -> None:
         """In a child that was forked inside an operation: never use it again.
@@ -3892,24 +3918,25 @@ _databases: weakref.WeakSet[_Database] = weakref.WeakSet()
 _databases_lock = threading.RLock()
 _disposing = threading.RLock()
 """Held while what was forgotten is closed: no fork may come between."""
-_resting: list[_Database] = []
 _exiting = False
 _shields: dict[int, _ForkShield] = {}  # by thread
 
 
 class _ForkShield:
-    """Keeps exceptions away from before a fork until after it.
+    """Keeps exceptions away from before a fork until after it, and holds the locks.
 
-    One in a hook of a fork does not stop that, but is printed, and would leave locks
-    behind. So what the program's signal handlers do is put off, and a task's timeout
-    comes later.
+    An exception in a hook of a fork does not stop that, but is printed, and would
+    leave locks behind. So what the program's signal handlers do is put off, and a
+    task's timeout comes later.
     """
 
     def __init__(self) -> None:
         self.thread = threading.get_ident()
+        self.outer = _shields.get(self.thread)  # of a hook that forks itself
         self.inside = self.thread in _operating
         self.handlers: dict[int, Any] = {}
         self.came: list[int] = []
+        self.held: list[threading.RLock] = []
         self.prepared = False  # an exception may be faster
 
     def begin(self) -> None:
@@ -3917,10 +3944,18 @@ class _ForkShield:
             try:
                 self._record_all()
                 break
+            except ValueError:  # no thread of this interpreter may set handlers
+                break
             except BaseException as error:  # noqa: BLE001 (of one not yet recorded)
                 logger.warning("dropped, because a fork is under way: %r", error)
         with _operating_lock:
             _operating.add(self.thread)
+
+    def hold(self, lock: threading.RLock, patience: float = math.inf) -> bool:
+        held = lock.acquire(timeout=-1 if patience == math.inf else patience)
+        if held:
+            self.held.append(lock)
+        return held
 
     def _record_all(self) -> None:
         for number in range(1, signal.NSIG):
@@ -3939,7 +3974,8 @@ class _ForkShield:
             _operating.discard(self.thread)
         try:
             for number, handler in list(self.handlers.items()):
-                _signal.signal(number, handler)
+                if _signal.getsignal(number) == self._record:  # else set meanwhile
+                    _signal.signal(number, handler)
                 del self.handlers[number]
         except BaseException:  # of one that came just now
             self.end()
@@ -3962,26 +3998,30 @@ class _ForkShield:
 def _before_fork() -> None:
     _shields[threading.get_ident()] = shield = _ForkShield()
     shield.begin()
-    _databases_lock.acquire()
+    # A signal handler inside a blocking call may fork while that has what another
+    # thread waits for, which has what is waited for here.
+    patience = _FORK_PATIENCE if shield.inside else math.inf
+    if not shield.hold(_databases_lock, patience):
+        return
     for database in sorted(_databases, key=id):
-        database.gate.acquire()
-        _resting.append(database)
-        database.rest()
-    _disposing.acquire()
+        if not (shield.hold(database.gate, patience) and database.rest(patience)):
+            return
+    shield.hold(_disposing)
     shield.prepared = True
 
 
 def _after_fork_in_parent() -> None:
-    shield = _shields.pop(threading.get_ident(), None) or _ForkShield()
-    if shield.prepared:
-        _disposing.release()
-        for database in _resting:
-            database.gate.release()
-        _resting.clear()
-        _databases_lock.release()
+    ident = threading.get_ident()
+    shield = _shields.get(ident) or _ForkShield()
+    while shield.held:
+        shield.held.pop().release()
     try:
         shield.end()
     finally:
+        if shield.outer is None:
+            _shields.pop(ident, None)
+        else:
+            _shields[ident] = shield.outer
         shield.repeat()
 
 
@@ -3993,15 +4033,12 @@ def _after_fork_in_child() -> None:
     _operating.intersection_update({threading.get_ident()})
     for ident in set(_undo) - {threading.get_ident()}:
         del _undo[ident]  # a claim of the parent's
-    shield = _shields.get(threading.get_ident())
-    if shield is None or not shield.prepared:
-        _resting[:] = _databases
-        for database in _resting:
+    own = _shields.get(threading.get_ident())
+    for database in list(_databases):
+        if own is None or not own.prepared:
             for connection in list(database.connections):
                 database.leave_alone(connection)
-    for database in _resting:
         database.reset()
-    _resting.clear()
     for shield in list(_shields.values()):
         shield.end()  # what came was meant for the parent
     _shields.clear()
@@ -4082,10 +4119,17 @@ class _Interrupts:
         self.previous: Any = None
         if self.thread == threading.main_thread().ident:
             handler = _signal.getsignal(signal.SIGINT)
+            stale = getattr(handler, "__self__", None)
+            if isinstance(stale, _Interrupts) and not _is_nested():  # hit at its end
+                handler, self.outer = stale.previous, stale.outer
+                self.pending = stale.pending
             if callable(handler):
                 try:
                     _signal.signal(signal.SIGINT, self._record)
-                except BaseException:
+                except BaseException as error:
+                    recorded = _signal.getsignal(signal.SIGINT) == self._record
+                    if isinstance(error, ValueError) and not recorded:
+                        return  # no thread of this interpreter may set handlers
                     _signal.signal(signal.SIGINT, handler)
                     raise
                 self.previous = handler
@@ -4110,11 +4154,15 @@ class _Interrupts:
         if self.previous is not None:
             _interrupts = self.outer
             try:
-                _signal.signal(signal.SIGINT, self.previous)
+                self._put_back()
             except BaseException:
-                _signal.signal(signal.SIGINT, self.previous)
+                self._put_back()
                 raise
             self.check()
+
+    def _put_back(self) -> None:
+        if _signal.getsignal(signal.SIGINT) == self._record:  # else set meanwhile
+            _signal.signal(signal.SIGINT, self.previous)
 
 
 def _recorded() -> _Interrupts | None:
@@ -4466,10 +4514,13 @@ class _AsyncGateway:
         self._enlist(operation)
         try:
             await future
-        except BaseException:
+        except BaseException as error:
             operation.awaited = False  # the caller goes; what is to come is undone
-            if future.done() and not future.cancelled():
-                operation.drop()  # it has come already
+            if future.done() and not future.cancelled():  # it has come already
+                if isinstance(error, GeneratorExit):  # perhaps by the collector
+                    _drop_elsewhere([operation])
+                else:
+                    operation.drop()
             raise
         if operation.unflushed:
             operation.drop()
@@ -4516,8 +4567,8 @@ class _AsyncGateway:
             return database.read(function)
         with database.gate:  # a fork or a close in between would end the thread
             database.check_open()
-            call = database.accept(function)
-            answer = _answer(_running_loop(), self._reader(), call)
+            loop, reader = _running_loop(), self._reader()  # which may raise
+            answer = _answer(loop, reader, database.accept(function))
         return await answer
 
     def _reader(self) -> _ConnectionThread:
@@ -4747,8 +4798,18 @@ class _Arrival:
             operation.arrive()
 
     def __del__(self) -> None:
-        for operation in self.operations:
+        if self.operations:
+            _drop_elsewhere(self.operations)
+
+
+def _drop_elsewhere(operations: Sequence[_Operation[Any]]) -> None:
+    """Drop operations in a thread; the collector runs anywhere, also inside locks."""
+
+    def drop() -> None:
+        for operation in operations:
             operation.drop()
+
+    threading.Thread(target=drop, daemon=True).start()
 
 
 # =============================================================================
