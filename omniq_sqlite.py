@@ -4835,10 +4835,17 @@ _SHARED_OPTIONS = (
 )
 
 
+_PARTS = ("queue", "results", "events")  # of a backend: objects, paths or neither
+
+
 def _arguments_of(scope: dict[str, Any]) -> dict[str, Any]:
     """Return a constructor's keyword arguments, from its `locals()`."""
     kept = {"self", "path", "__class__"}
-    return {name: value for name, value in scope.items() if name not in kept}
+    arguments = {name: value for name, value in scope.items() if name not in kept}
+    for name in arguments.keys() & _PARTS:
+        if isinstance(arguments[name], (str, os.PathLike)):
+            arguments[name] = _absolute(arguments[name])
+    return arguments
 
 
 def _new_gateway(
@@ -7065,6 +7072,11 @@ def _is_ready(part: object) -> bool:
     return part is not None and not isinstance(part, (bool, str, os.PathLike))
 
 
+def _has_ready_parts(arguments: Mapping[str, object]) -> bool:
+    """Tell whether a backend of these arguments has objects that were given."""
+    return any(_is_ready(arguments[name]) for name in _PARTS)
+
+
 class AsyncSQLiteBackend(_AsyncStorage):
     """Queue, results and events together, for asyncio.
 
@@ -7938,9 +7950,8 @@ class SQLiteBackend(_Twin[AsyncSQLiteBackend]):
         self._check_usable()
         for database in self._async._databases():
             database.check_open()
-        parts = [self._arguments[name] for name in ("queue", "results", "events")]
         alone = self._loop is None and self.path != ":memory:"
-        if alone and not any(map(_is_ready, parts)):
+        if alone and not _has_ready_parts(self._arguments):
             return AsyncSQLiteBackend(self.path, **self._arguments)
         return self._async._shared(in_loops=self._loop is None)
 
@@ -8091,6 +8102,7 @@ _CLEANUP_INTERVAL = 60.0  # seconds
 _PROGRESS_INTERVAL = 1.0  # seconds
 _QUICK_CALL = 0.001  # seconds in which one thread goes on to the next function
 _GATHER = 0.000_25  # seconds that a claim waits for quick functions, to fill all slots
+_LEAST_GRACE = 0.1  # seconds in which a function may end after its timeout, at least
 _LAST_WRITES = 1.0  # seconds for outcomes to be written after the grace has passed
 _QUICK_DEATH = 10.0  # seconds: a child that fails sooner is replaced ever more slowly
 _LONGEST_PAUSE = 5.0  # seconds between two tries
@@ -8209,7 +8221,8 @@ class TaskRegistry:
     def _add(
         self, name: str | None, options: TaskOptions, function: Callable[..., Any]
     ) -> TaskFunction[..., Any]:
-        function = getattr(function, "function", function)  # of a `TaskFunction`
+        if isinstance(function, TaskFunction):
+            function = function.function
         added = TaskFunction(function, name or function.__name__, options)
         if added.name in self._functions:
             raise ValueError(
@@ -8307,6 +8320,16 @@ class _Outcome:
     released: bool = False
 
 
+def _finished(value: T) -> T:
+    """Return what a plain function returned, unless that has not run yet."""
+    if inspect.iscoroutine(value) or inspect.isgenerator(value):
+        value.close()
+    elif not inspect.isasyncgen(value):
+        return value
+    kind = type(value).__name__
+    raise Reject(f"a plain function returned a {kind}, whose body has not run")
+
+
 def _log(
     level: int,
     worker: str,
@@ -8321,7 +8344,10 @@ def _log(
         message, args = f"task %s (%s) {message}", (task.id, task.func, *args)
         extra |= {"task_id": task.id, "queue": task.queue}
         extra |= {"func": task.func, "attempt": task.attempt}
-    logger.log(level, message, *args, exc_info=error, extra=extra)
+    try:
+        logger.log(level, message, *args, exc_info=error, extra=extra)
+    except KeyError:  # the program's own record factory sets such a field
+        logger.log(level, message, *args, exc_info=error)
 
 
 class _Run:
@@ -8378,7 +8404,8 @@ class _Run:
             error = TaskTimeout(self.task.id, self.task.timeout or 0.0)  # raised by us
         BaseException.with_traceback(error, trace)
         if isinstance(error, Retry):
-            delay = getattr(error, "delay", None)
+            delay = getattr(error, "delay", None)  # a subclass may set what it likes
+            delay = delay if _RULES["delay"][1](delay) else None
             return _Outcome(error=error.__cause__ or error, delay=delay)
         return _Outcome(error=error, retry=not isinstance(error, Reject))
 
@@ -8484,8 +8511,13 @@ class _Threads:
             self._ready.notify()
         elif self._count < self._busy:  # else one will look before it is idle
             name = f"{self._name}-{self._count + 1}"
-            threading.Thread(target=self._serve, name=name, daemon=True).start()
-            self._count += 1
+            try:
+                threading.Thread(target=self._serve, name=name, daemon=True).start()
+            except RuntimeError as error:  # those that are there go on, or it may later
+                _log(logging.WARNING, self._name, "no thread for a task: %s", error)
+                self._loop.call_later(_LONGEST_PAUSE, self._spread)
+            else:
+                self._count += 1
 
     def close(self) -> None:
         with self._ready:
@@ -8515,7 +8547,8 @@ class _Threads:
         """Report all at once that end one after the other, or before it is heard."""
         with self._ready:
             worth = not (self._noted or (self._spreading and self._jobs))
-            self._noted |= worth
+            if worth:
+                self._noted = True
             return worth
 
     def _report(self) -> None:
@@ -8543,7 +8576,6 @@ class _Threads:
 
     def interrupt(self, run: _Run) -> bool:
         """Raise `TaskTimeout` in the thread of `run`; False: not at this moment."""
-        run.interrupt_at = math.inf
         with _operating_lock:  # it cannot end in between
             return run.thread is not None and _throw(run.thread, TaskTimeout)
 
@@ -8572,6 +8604,11 @@ class _Heartbeat:
     def end(self) -> None:
         self._ended = True
         self.wake(-math.inf)
+
+    def call_later(self, delay: float, call: Callable[[], object]) -> None:
+        """Call in its thread; for any thread."""
+        if self._loop is not None:
+            _call_soon(self._loop, self._loop.call_later, delay, call)
 
     async def stop(self) -> None:
         self.end()
@@ -8625,11 +8662,15 @@ class _Heartbeat:
         if run.extend_at <= now:
             run.extend_at = math.inf
             self._begin(self._extend(run))
+        if run.interrupt_at <= now:
+            if self._shift.interrupt(run):  # perhaps late: the process was stopped
+                run.interrupt_at = math.inf
+                run.give_up_at = now + max(self._worker.grace, _LEAST_GRACE)
+            else:
+                run.interrupt_at = now + 0.005
         if run.give_up_at <= now:
             run.interrupt_at = run.give_up_at = math.inf
             self._begin(self._give_up(run))
-        elif run.interrupt_at <= now and not self._shift.interrupt(run):
-            run.interrupt_at = now + 0.005
 
     def _begin(self, work: Coroutine[Any, Any, None]) -> None:
         job = asyncio.ensure_future(work)
@@ -8676,6 +8717,10 @@ def _own_copy(backend: AsyncBackend) -> tuple[AsyncBackend, bool]:
     import pickle  # here, because it costs import time
 
     try:
+        if isinstance(backend, AsyncSQLiteBackend) and not _has_ready_parts(
+            backend._arguments
+        ):
+            return copy.copy(backend), True  # with the same clock
         return pickle.loads(pickle.dumps(backend)), True  # noqa: S301 -- our own bytes
     except Exception:  # noqa: BLE001 -- another engine may fail in any way
         return backend, False
@@ -8759,12 +8804,14 @@ class _Shift:
         self._complete_many = getattr(worker.backend, "complete_many", None)
         self._claimer: asyncio.Task[None] | None = None
         self._claims = True  # until the claimer is cancelled
+        self._job: asyncio.Task[Any] | None = None  # which runs `run`
         self._stopped_at = math.inf
         self._failure: Exception | None = None  # an outcome could not be written
         self._stuck = False
 
     async def run(self) -> int:
         """Work until stopped, out of tasks or stuck; return the exit status."""
+        self._job = asyncio.current_task()
         async with contextlib.AsyncExitStack() as stack:
             if self._worker.lifespan is not None:
                 await _enter(stack, self._worker.lifespan())
@@ -8802,6 +8849,9 @@ class _Shift:
     def stop(self) -> None:
         """Claim no more; what runs gets the grace."""
         _call_soon(self._loop, self._stop)
+        if self._terms.owns_process:
+            patience = self._worker.grace + _LAST_WRITES
+            self._heartbeat.call_later(patience, self._check_stopped)
 
     def abandon(self) -> None:
         """Stop, and give the async functions no grace."""
@@ -8845,7 +8895,7 @@ class _Shift:
     async def _sign_off(self) -> None:
         """Be forgotten: who stops in peace must not be taken for dead later."""
         if not self._ours():
-            with contextlib.suppress(OmniQError, TimeoutError):
+            with contextlib.suppress(Exception):  # another engine's may be any
                 async with asyncio.timeout(_LAST_WRITES):
                     # A claim that was cancelled may be under way. When the first of
                     # these two writes is done, what gives it back is in line.
@@ -8878,8 +8928,8 @@ class _Shift:
 
     async def _claim(self) -> None:
         """Claim what there are free slots for, until stopped."""
-        # Fail at once on a file that cannot be used; be patient with a busy one.
-        with contextlib.suppress(DatabaseBusyError):
+        # Fail at once on a file that cannot be used; be patient otherwise.
+        with contextlib.suppress(DatabaseBusyError, DatabaseFullError):
             await self._worker.backend.cleanup()
         self._on_ready()
         report = partial(self._log, logging.WARNING, "cannot claim: %s")
@@ -9019,7 +9069,7 @@ class _Shift:
         task, wrap = run.task, self._worker.wrap
         _current_run.set(run)
         with wrap(task) if wrap else contextlib.nullcontext():  # type: ignore[union-attr]
-            return function.function(*task.args, **task.kwargs)
+            return _finished(function.function(*task.args, **task.kwargs))
 
     async def _await(self, run: _Run, function: TaskFunction[..., Any]) -> Any:
         """Call an async function; on the loop."""
@@ -9036,9 +9086,9 @@ class _Shift:
             run.outcome = _Outcome(await self._await(run, function))
         except asyncio.CancelledError as error:
             run.outcome = self._judge_cancelled(run, error)
-        except GeneratorExit:  # it has outlived the loop
-            raise
-        except BaseException as error:  # noqa: BLE001 -- SystemExit is a failure too
+        except BaseException as error:  # SystemExit is a failure too
+            if self._loop.is_closed():  # which it has outlived
+                raise
             run.outcome = run.judge(error)
         run.end_fork()
         self._end(run)
@@ -9048,8 +9098,7 @@ class _Shift:
             return run.judge(TaskTimeout().with_traceback(error.__traceback__))
         # Whoever ends the loop cancels all its tasks. A function that cancels itself
         # has failed: given back, it would run again at once and for ever.
-        claimer = self._claimer
-        ends = claimer is None or claimer.done() or claimer.cancelling() > 0
+        ends = self._job is None or self._job.done() or self._job.cancelling() > 0
         if run.cancelled_for or ends or not self._claims:
             return _Outcome(released=True)
         return run.judge(error)
@@ -9060,7 +9109,6 @@ class _Shift:
         """End a run that is over its time; False: not at this moment."""
         if run.job is None:
             return self._threads.interrupt(run)
-        run.interrupt_at = math.inf
         _call_soon(self._loop, self._cancel, run, "timeout")
         return True
 
@@ -9089,6 +9137,10 @@ class _Shift:
         if self._terms.owns_process:
             os._exit(STUCK_STATUS)
         self._heartbeat.end()
+
+    def _check_stopped(self) -> None:
+        if self._stopped_at == math.inf:  # the loop has not heard of it
+            self._check_loop()
 
     def _wind_up(self) -> None:
         self._stuck = True
@@ -9227,9 +9279,13 @@ class _Child:
 
     def _await_end(self) -> None:
         # By its process id: a pipe may be held open by what the child forked.
-        while self._process.exitcode is None:
+        for _ in range(100):  # another thread may be about to note how it ended
             self._process.join()
-        self.status = self._process.exitcode
+            if self._process.exitcode is not None:
+                break
+            time.sleep(0.01)
+        # Not known where the program collects all children as they end.
+        self.status = self._process.exitcode or 0
         _call_soon(self.ended.get_loop(), _set_result, self.ended, None)
 
     def tell(self, word: str) -> None:
@@ -9311,8 +9367,7 @@ def _obey(worker: AsyncWorker, pipe: Connection) -> None:
         while pipe.recv() != "stop":
             pipe.send("alive")
     worker.stop()
-    time.sleep(worker.grace + 2 * _LAST_WRITES)
-    os._exit(1)
+    _end_process(1, worker.grace + 2 * _LAST_WRITES)
 
 
 def _ignores_ends() -> bool:
@@ -9541,7 +9596,8 @@ class AsyncWorker:
         C); functions must then be importable. `signals`: stop at SIGINT or
         SIGTERM, and end at once at the second (main thread only).
 
-        Cancelled, it releases async functions at once and waits for plain ones.
+        Cancelled, it releases async functions at once and waits for plain ones; in
+        child processes both have the grace.
         """
         _check_values(processes=processes)
         _check_optional(max_tasks=max_tasks)
@@ -9661,9 +9717,6 @@ class _InThreads:
     def __getattr__(self, name: str) -> Callable[..., Coroutine[Any, Any, Any]]:
         return partial(asyncio.to_thread, getattr(self._blocking, name))
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self._blocking,)
-
 
 class _QueueInThreads(_InThreads):
     async def dequeue_many(
@@ -9680,19 +9733,26 @@ class _QueueInThreads(_InThreads):
             except asyncio.CancelledError:
                 with contextlib.suppress(Exception):  # else the stop would be lost
                     for task in await claim:
-                        await self.release(task)
+                        with contextlib.suppress(Exception):  # nor the next ones
+                            await self.release(task)
                 raise
             if tasks or time.monotonic() >= ends_at:
                 return tasks
 
 
 class _BackendInThreads(_InThreads):
-    def __init__(self, blocking: Backend) -> None:
+    def __init__(self, blocking: Backend, *, copied: bool = False) -> None:
         super().__init__(blocking)
+        self._copied = copied
         self.queue = _QueueInThreads(blocking.queue)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return partial(type(self), copied=True), (self._blocking,)
+
     async def close(self) -> None:
-        """Leave the blocking backend open: it is the caller's."""
+        """Close a copy; what was given is the caller's."""
+        if self._copied:
+            await asyncio.to_thread(self._blocking.close)
 
 
 def _to_async(backend: Backend) -> AsyncBackend:
