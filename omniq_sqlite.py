@@ -9873,7 +9873,7 @@ def _printable(text: str) -> str:
 def _show_cell(value: object) -> str:
     if value is None:
         return "-"
-    if isinstance(value, int):
+    if isinstance(value, int) and not isinstance(value, bool):
         return f"{value:,}"
     if isinstance(value, datetime):
         return value.astimezone().isoformat(" ", "milliseconds")[:23]
@@ -9956,18 +9956,26 @@ def _colour_of(value: object) -> str:
 
 def _paint(text: str, colour: str) -> str:
     """Return `text` in a colour where that is wanted: https://no-color.org."""
-    wanted = sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
+    terminal = sys.stdout is not None and sys.stdout.isatty()
+    wanted = terminal and os.environ.get("TERM") != "dumb"
     if not colour or not wanted or os.environ.get("NO_COLOR"):
         return text
     return f"\x1b[{_COLOURS[colour]}m{text}\x1b[0m"
 
 
 def _print_facts(value: Task | TaskResult) -> None:
-    """Print the fields that say something, a line each; nothing is cut."""
+    """Print the fields that say something, a line each; nothing is cut.
+
+    What the program stored is shown as Python writes it.
+    """
+    returned = isinstance(value, TaskResult) and value.status == ResultStatus.SUCCESS
     for item in fields(value):
-        content = getattr(value, item.name)
-        if item.name != "traceback" and content not in (None, (), {}):
-            print(f"{item.name:<14} {_show_cell(content)}")
+        name, content = item.name, getattr(value, item.name)
+        said = content not in (None, (), {}) or (name == "value" and returned)
+        if name != "traceback" and said:
+            stored = name in ("args", "kwargs", "metadata", "progress", "value")
+            shown = _printable(repr(content)) if stored else _show_cell(content)
+            print(f"{name:<14} {shown}")
 
 
 def _print_json(value: Any) -> None:
@@ -10016,6 +10024,8 @@ def _components(path: str, *wanted: str) -> frozenset[str]:
 
     What has none of those that are wanted is refused: opening it would create them.
     """
+    if path == ":memory:":
+        raise _CommandError("':memory:' ends with the command; name a file")
     if not os.path.exists(path):
         if wanted:
             raise _CommandError(f"there is no file {path!r}")
@@ -10223,7 +10233,8 @@ class _Demo:
         while left := self.count_left():
             stats = self.stats()
             if stats.paused:
-                raise _CommandError(f"the queue {_DEMO_QUEUE!r} is paused")
+                advice = f"see {_program()} resume --help"
+                raise _CommandError(f"the queue {_DEMO_QUEUE!r} is paused; {advice}")
             if not stats.scheduled and not stats.pending:
                 time.sleep(0.2)
                 self.backend.cleanup()
@@ -10326,6 +10337,7 @@ def _run_demo(options: argparse.Namespace) -> int:
     """
     if not os.path.isdir(options.folder):
         raise _CommandError(f"there is no folder {options.folder!r}")
+    _components(options.db)  # refuses what is no file
     with SQLiteBackend(
         options.db, events=True, result_ttl=None, retention=7 * 86_400.0
     ) as backend:
@@ -10957,13 +10969,15 @@ def _change_tasks(
     if not options.all and options.status is None and not any(map(chosen.get, named)):
         raise _CommandError("name tasks by id or by a filter, or say --all")
     with _open(options, "queue") as backend:
+        refusal = f"not {done}"
         if options.dry_run:
             verb, done = _tried(verb), f"would be {done}"
+            refusal = f"would not be {done.removeprefix('would be ')}"
         changed = list(_change_matching(backend, chosen, verb))
         refused = set(options.ids).difference(row[1] for row in changed)
         for task_id in sorted(refused):
             why = _why_refused(backend.queue.get_task(task_id), statuses)
-            _note(f"not {done}: {task_id!r}: {why}")
+            _note(f"{refusal}: {task_id!r}: {why}")
     if options.dry_run:
         _print_table(["id", "status", "queue", "func"], [r[1:] for r in changed[:100]])
     if not changed:
@@ -11911,9 +11925,25 @@ def _make_handler(host: str, page: _LivePage) -> Any:
 
 
 def _parse_count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
+    if not text.isdecimal() or not 1 <= int(text) < 10**18:
         raise _CommandError(f"a count must be a number from 1, not {text!r}")
     return int(text)
+
+
+def _parse_offset(text: str) -> int:
+    return 0 if text == "0" else _parse_count(text)
+
+
+def _parse_host(text: str) -> str:
+    if not text.strip():  # which would be every address
+        raise _CommandError("--host must name an address, such as 127.0.0.1")
+    return text
+
+
+def _parse_name(text: str) -> str:
+    if not _storable(text):
+        raise _CommandError(f"a name must be valid text, not {_printable(text)}")
+    return text
 
 
 def _parse_port(text: str) -> int:
@@ -11940,10 +11970,15 @@ def _parse_instant(text: str) -> datetime:
     units = {"s": 1, "m": 60, "h": 3_600, "d": 86_400}
     try:
         if text[-1:] in units:
-            return _now() - timedelta(seconds=float(text[:-1]) * units[text[-1]])
-        return datetime.fromisoformat(text).astimezone()
+            seconds = float(text[:-1]) * units[text[-1]]
+            instant = _now() - timedelta(seconds=seconds)
+        else:
+            seconds, instant = 0.0, datetime.fromisoformat(text).astimezone()
     except (ValueError, OverflowError, OSError):
-        raise _CommandError(f"a time must be {_AN_INSTANT}, not {text!r}") from None
+        seconds, instant = -1.0, _now()
+    if seconds < 0 or not 1970 <= instant.year < 9999:
+        raise _CommandError(f"a time must be {_AN_INSTANT}, not {text!r}")
+    return instant
 
 
 _Terms = dict[str, Any]  # of argparse's `add_argument`
@@ -11965,7 +12000,7 @@ _OPTIONS: dict[str, _Terms] = {
         "metavar": "ARG",
         "nargs": "*",
         "default": [],  # without one, an error would call them required
-        "help": "JSON, or else a plain string",
+        "help": "JSON, or else a plain string; after -- where one begins with -",
     },
     "-o": {
         "metavar": "PAGE",
@@ -11987,9 +12022,13 @@ _OPTIONS: dict[str, _Terms] = {
     "--delay": {**_SECONDS, "default": 0.0, "help": "not before"},
     "--dry-run": {**_FLAG, "help": "change nothing, show what would be"},
     "--follow": {**_FLAG, "help": "wait for more, until Ctrl-C"},
-    "--func": {"help": "only this function"},
+    "--func": {"type": _parse_name, "help": "only this function"},
     "--grace": {**_SECONDS, "help": "for running tasks at the end (default: 10)"},
-    "--host": {"default": "127.0.0.1", "help": "the address (default: %(default)s)"},
+    "--host": {
+        "type": _parse_host,
+        "default": "127.0.0.1",
+        "help": "the address (default: %(default)s)",
+    },
     "--json": {**_FLAG, "help": "print an object a line"},
     "--kwargs": {"metavar": "JSON", "type": _parse_object, "help": "an object"},
     "--lease": {**_SECONDS, "help": f"of a claim (default: {DEFAULT_LEASE:g})"},
@@ -12001,11 +12040,16 @@ _OPTIONS: dict[str, _Terms] = {
         "type": str.lower,
         "help": "debug, info, warning or error (default: %(default)s)",
     },
-    "--max-attempts": {**_COUNT, "help": "before it has failed"},
+    "--max-attempts": {**_COUNT, "help": "before it has failed (default: 3)"},
     "--max-tasks": {**_COUNT, "help": "stop after so many"},
     "--name": {"help": "of this worker, as others see it"},
     "--newer-than": {**_WHEN, "help": f"ended, or else enqueued, since {_AN_INSTANT}"},
-    "--offset": {"metavar": "N", "type": int, "default": 0, "help": "skip the first"},
+    "--offset": {
+        "metavar": "N",
+        "type": _parse_offset,
+        "default": 0,
+        "help": "skip the first",
+    },
     "--older-than": {**_WHEN, "help": f"ended, or else enqueued, before {_AN_INSTANT}"},
     "--port": {
         "metavar": "N",
@@ -12021,7 +12065,7 @@ _OPTIONS: dict[str, _Terms] = {
         "type": _parse_queues,
         "help": "in order of preference",
     },
-    "--retry-delay": {**_SECONDS, "help": "before the first retry"},
+    "--retry-delay": {**_SECONDS, "help": "before the first retry (default: 1)"},
     "--since": {**_WHEN, "help": _AN_INSTANT},
     "--status": {
         "metavar": "STATUS",
@@ -12029,7 +12073,7 @@ _OPTIONS: dict[str, _Terms] = {
         "help": "only this status: " + ", ".join(TaskStatus),
     },
     "--task": {"metavar": "ID", "help": "only this task"},
-    "--timeout": {**_SECONDS, "help": "of one attempt"},
+    "--timeout": {**_SECONDS, "help": "of one attempt (default: none)"},
     "--type": {"help": "only this type, such as failed"},
     "--unique-key": {"metavar": "KEY", "help": "add nothing while a task holds it"},
     "--until": {**_WHEN, "help": _AN_INSTANT},
@@ -12095,7 +12139,24 @@ def _build_parser() -> argparse.ArgumentParser:
         " 75 a worker that should be started anew, 130 interrupted.",
     )
     parser.add_argument("--version", action="version", version=__version__)
-    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    class Command(argparse.ArgumentParser):
+        """Takes options before, between and behind the arguments."""
+
+        intermixes = False
+
+        def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+            if self.intermixes:
+                return super().parse_known_args(args, namespace)
+            self.intermixes = True
+            try:
+                return self.parse_known_intermixed_args(args, namespace)
+            finally:
+                self.intermixes = False
+
+    commands = parser.add_subparsers(
+        metavar="COMMAND", required=True, parser_class=Command
+    )
     for name, (run, options, example) in _COMMANDS.items():
         about = inspect.getdoc(run) or ""
         command = commands.add_parser(
