@@ -7207,7 +7207,7 @@ class AsyncSQLiteBackend(_AsyncStorage):
         """Make a backend from a URL, such as "sqlite:///jobs.db?events=true".
 
         Three slashes for a relative path, four for an absolute one. The options
-        are those of the constructor. A URL of another scheme is looked up in the
+        are those of the constructor but for `serializer` and `clock`. A URL of another scheme is looked up in the
         entry-point group `omniq.backends`.
 
         Raises: `ValueError` for an unknown option or scheme.
@@ -9588,8 +9588,8 @@ class AsyncWorker:
         by such a function ends itself so, where `signals` says that the process is
         the worker's). `until_empty`: return when no task of our queues can be
         claimed or is scheduled (tasks that other workers run and queues that are
-        paused do not count); it waits for a retry in the future, by the backend's
-        clock. `max_tasks`: return after so many. `processes`: more than one runs the
+        paused do not count; one of an unknown name fails for good); it waits for a
+        retry in the future, by the backend's clock. `max_tasks`: return after so many. `processes`: more than one runs the
         worker in as many child processes named `NAME-1` and so on, which are
         replaced when they end (with `max_tasks` after so many each, against what
         functions leak), or give no sign of life for a lease (stopped, or stuck in
