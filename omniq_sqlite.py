@@ -7207,8 +7207,8 @@ class AsyncSQLiteBackend(_AsyncStorage):
         """Make a backend from a URL, such as "sqlite:///jobs.db?events=true".
 
         Three slashes for a relative path, four for an absolute one. The options
-        are those of the constructor but for `serializer` and `clock`. A URL of another scheme is looked up in the
-        entry-point group `omniq.backends`.
+        are those of the constructor but for `serializer` and `clock`. A URL of
+        another scheme is looked up in the entry-point group `omniq.backends`.
 
         Raises: `ValueError` for an unknown option or scheme.
         """
@@ -9589,12 +9589,13 @@ class AsyncWorker:
         the worker's). `until_empty`: return when no task of our queues can be
         claimed or is scheduled (tasks that other workers run and queues that are
         paused do not count; one of an unknown name fails for good); it waits for a
-        retry in the future, by the backend's clock. `max_tasks`: return after so many. `processes`: more than one runs the
-        worker in as many child processes named `NAME-1` and so on, which are
-        replaced when they end (with `max_tasks` after so many each, against what
-        functions leak), or give no sign of life for a lease (stopped, or stuck in
-        C); functions must then be importable. `signals`: stop at SIGINT or
-        SIGTERM, and end at once at the second (main thread only).
+        retry in the future, by the backend's clock. `max_tasks`: return after so
+        many. `processes`: more than one runs the worker in as many child processes
+        named `NAME-1` and so on, which are replaced when they end (with `max_tasks`
+        after so many each, against what functions leak), or give no sign of life for
+        a lease (stopped, or stuck in C); functions must then be importable.
+        `signals`: stop at SIGINT or SIGTERM, and end at once at the second (main
+        thread only).
 
         Cancelled, it releases async functions at once and waits for plain ones; in
         child processes both have the grace.
