@@ -34,6 +34,7 @@ import random
 import re
 import shutil
 import signal
+import socket
 import sqlite3
 import stat
 import subprocess
@@ -1808,6 +1809,27 @@ TOUCH: dict[str, Callable[[Any], Any]] = {
 
 async def touch(kind: str, thing: Any) -> Any:
     return await call(TOUCH[kind], thing)
+
+
+class TestSubclassesOfValues:
+    def test_they_are_checked_as_their_bases(self) -> None:
+        class MyResult(TaskResult):
+            pass
+
+        class MyTask(Task):
+            pass
+
+        assert MyResult("id", ResultStatus.SUCCESS).status == "success"
+        with pytest.raises(ValueError, match="timeout"):
+            MyTask("f", timeout=0)
+
+    @pytest.mark.parametrize(
+        "value",
+        ["\ud83d\ude00", {"\ud83d\ude00": 1, "\U0001f600": 2}, ["\ud800\udc00"]],
+    )
+    def test_two_surrogates_that_would_become_one_character(self, value: Any) -> None:
+        with pytest.raises(SerializationError, match="surrogates"):
+            omniq_sqlite.JSONSerializer().dumps(value)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -4479,6 +4501,164 @@ class TestFork:
             """)
 
 
+class TestForksOfEveryKind:
+    def test_a_handler_that_forks_while_another_thread_does(
+        self, run_here: RunHere
+    ) -> None:
+        """Each waited for what the other one had, for ever."""
+        run_here("""
+            queue = SQLiteQueue(path)
+            queue.enqueue(Task("f"))
+            children = []
+            def forked():
+                children.append(fork(lambda: None))
+            signal.signal(signal.SIGUSR1, lambda *_: forked())
+            other = threading.Thread(target=forked)
+            database = queue._async._gateway.database
+            def read(connection):
+                other.start()
+                while not database.resting:
+                    time.sleep(0.001)
+                signal.raise_signal(signal.SIGUSR1)
+            omniq_sqlite._FORK_PATIENCE = 0.2
+            omniq_sqlite._shielded(lambda: database.read(read))
+            other.join()
+            join(*children)
+            queue.enqueue(Task("g"))
+            assert rows() == ["f", "g"], rows()
+            """)
+
+    def test_a_child_of_a_second_thread_has_the_programs_handlers(
+        self, run_here: RunHere
+    ) -> None:
+        """It was forked before the first one had put them back: SIGTERM did nothing."""
+        run_here("""
+            def stop(*_):
+                os._exit(7)
+            signal.signal(signal.SIGTERM, stop)
+            parent, main = os.getpid(), threading.get_ident()
+            end = omniq_sqlite._ForkShield.end
+            def slow_end(self):
+                if self.thread == main and os.getpid() == parent:
+                    time.sleep(0.3)
+                end(self)
+            omniq_sqlite._ForkShield.end = slow_end
+            queue = SQLiteQueue(path)
+            queue.count_tasks()
+            database = queue._async._gateway.database
+            rest = database.rest
+            def slow_rest(patience):
+                time.sleep(0.1)  # so that the other one waits for the lock
+                return rest(patience)
+            database.rest = slow_rest
+            children = []
+            def look():
+                assert signal.getsignal(signal.SIGTERM) is stop
+            def other():
+                time.sleep(0.05)
+                children.append(fork(look))
+            thread = threading.Thread(target=other)
+            thread.start()
+            children.append(fork(look))
+            thread.join()
+            join(*children)
+            """)
+
+    def test_a_handler_that_is_set_meanwhile_stays(self, run_here: RunHere) -> None:
+        run_here("""
+            def reset():
+                signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            def late():
+                signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+            signal.signal(signal.SIGTERM, lambda *_: None)
+            signal.signal(signal.SIGUSR1, lambda *_: None)
+            os.register_at_fork(before=late)  # called first, so: is recorded as it is
+            begin = omniq_sqlite._ForkShield.begin
+            def begin_and_reset(self):
+                begin(self)
+                reset()
+            omniq_sqlite._ForkShield.begin = begin_and_reset
+            def look():
+                assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+                assert signal.getsignal(signal.SIGUSR1) is signal.SIG_IGN
+            join(fork(look))
+            look()
+            """)
+
+    def test_where_no_handler_may_be_set(self, run_here: RunHere) -> None:
+        """As in a subinterpreter: no call worked, and a fork tried for ever."""
+        run_here("""
+            import types
+            def refuse(number, handler):
+                raise ValueError("signal only works in main thread")
+            omniq_sqlite._signal = types.SimpleNamespace(
+                getsignal=signal.getsignal, signal=refuse
+            )
+            queue = SQLiteQueue(path)
+            queue.enqueue(Task("f"))
+            join(fork(lambda: queue.enqueue(Task("g"))))
+            assert rows() == ["f", "g"], rows()
+            """)
+
+    def test_near_the_limit_of_recursion_no_lock_stays_behind(
+        self, run_here: RunHere
+    ) -> None:
+        run_here("""
+            queue = SQLiteQueue(path)
+            queue.count_tasks()
+            database = queue._async._gateway.database
+            sys.unraisablehook = [].append
+            def deep(left):
+                if left:
+                    return deep(left - 1)
+                pid = os.fork()
+                if pid == 0:
+                    os._exit(0)
+                os.waitpid(pid, 0)
+            free = []
+            def take(lock):
+                free.append(lock.acquire(timeout=5) and not lock.release())
+            for room in range(30, -3, -1):
+                queue.count_tasks()
+                try:
+                    deep(sys.getrecursionlimit() - 3 - room)
+                except RecursionError:
+                    pass
+                for lock in (omniq_sqlite._databases_lock, database.gate):
+                    thread = threading.Thread(target=take, args=(lock,))
+                    thread.start()
+                    thread.join()
+                assert not database.resting
+            assert all(free)
+            """)
+
+    def test_a_child_of_a_handler_inside_a_wait_goes_on(
+        self, run_here: RunHere
+    ) -> None:
+        """Its descriptor of the WAL was closed under it: a bare OSError."""
+        run_here("""
+            queue = SQLiteQueue(path)
+            queue.count_tasks()
+            pids = []
+            signal.signal(signal.SIGUSR1, lambda *_: pids.append(os.fork()))
+            def interrupt():
+                while not queue._async._gateway.database.bell.polled:
+                    time.sleep(0.001)
+                time.sleep(0.1)
+                os.kill(os.getpid(), signal.SIGUSR1)
+            threading.Thread(target=interrupt).start()
+            try:
+                assert queue.dequeue(timeout=0.5) is None
+            except BaseException:
+                if 0 in pids:
+                    os._exit(1)
+                raise
+            if 0 in pids:
+                os._exit(0)
+            join(*pids)
+            """)
+
+
 class TestEventLoops:
     def test_a_loop_that_ends_with_an_operation_under_way_hangs_nobody(
         self, path: str
@@ -5221,6 +5401,105 @@ class TestRaisingHandlers:
             threads.join()
             queue.enqueue(Task("h"))
             assert {"g", "h"} <= set(select(path, "SELECT func FROM omniq_task"))
+
+    @pytest.mark.parametrize(
+        ("owner", "name"),
+        [(omniq_sqlite._Wal, "flush"), (os, "stat"), (omniq_sqlite._Wal, "__init__")],
+    )
+    def test_an_alarm_that_looks_like_the_systems_error_is_none(
+        self, path: str, monkeypatch: pytest.MonkeyPatch, owner: Any, name: str
+    ) -> None:
+        """A TimeoutError is an OSError: a flush "failed", the file was "replaced"."""
+        queue = SQLiteQueue(path)
+        if name != "__init__":
+            queue.enqueue(Task("f"))
+        with monkeypatch.context() as patch:
+            real = getattr(owner, name)
+            left = [TimeoutError("the program's own")]
+
+            def hit(*args: Any) -> Any:
+                if left:
+                    raise left.pop()
+                return real(*args)
+
+            patch.setattr(owner, name, hit)
+            with pytest.raises(TimeoutError, match="the program's own") as caught:
+                queue.enqueue(Task("g"))
+            assert not isinstance(caught.value, OmniQError)
+        queue.enqueue(Task("h"))
+        queue.close()
+        assert "h" in select(path, "SELECT func FROM omniq_task")
+
+    def test_one_that_ends_a_call_early_leaves_ctrl_c_alone(self, path: str) -> None:
+        """Python 3.11 raises it behind the constructor: Ctrl-C did nothing any more."""
+        before = signal.getsignal(signal.SIGINT)
+        with SQLiteQueue(path) as queue:
+            omniq_sqlite._Interrupts()
+            queue.count_tasks()
+            assert signal.getsignal(signal.SIGINT) is before
+            assert omniq_sqlite._interrupts is None
+
+    def test_a_handler_that_changes_sigint_is_not_undone(self, path: str) -> None:
+        before = signal.getsignal(signal.SIGINT)
+
+        def ignore(_connection: sqlite3.Connection) -> None:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+        with SQLiteQueue(path) as queue:
+            database = queue._async._gateway.database
+            try:
+                omniq_sqlite._shielded(lambda: database.read(ignore))
+                assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+            finally:
+                signal.signal(signal.SIGINT, before)
+
+    def test_one_while_a_waiter_looks_is_raised(
+        self, path: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        with SQLiteQueue(path) as queue:
+            hit = raising_once(omniq_sqlite._Bell._version_moved, before=True)
+            monkeypatch.setattr(omniq_sqlite._Bell, "_version_moved", hit)
+            with pytest.raises(Alarm):
+                queue.dequeue(timeout=5)
+
+    def test_a_connection_that_was_closed_behind_its_pool_is_made_anew(
+        self, path: str
+    ) -> None:
+        """By a fork in a handler just when it had left the pool."""
+        with SQLiteQueue(path) as queue:
+            queue.count_tasks()
+            database = queue._async._gateway.database
+            [connection] = database.readers.idle
+            database.disconnect(connection)
+            assert queue.count_tasks() == 0
+
+    def test_what_the_collector_drops_is_dropped_in_a_thread(self) -> None:
+        """It may run while its thread holds the very lock that is needed for it."""
+        threads: list[int] = []
+
+        class Dropped:
+            def drop(self) -> None:
+                threads.append(threading.get_ident())
+
+        operations: Any = [Dropped()]
+        omniq_sqlite._Arrival(operations)
+        until(lambda: threads)
+        assert threads != [threading.get_ident()]
+
+    async def test_a_read_that_could_not_begin_is_not_waited_for(
+        self, path: str
+    ) -> None:
+        queue = AsyncSQLiteQueue(path)
+
+        def start() -> None:
+            with pytest.raises(RuntimeError, match="event loop"):
+                queue.count_tasks().send(None)
+
+        thread = threading.Thread(target=start)
+        thread.start()
+        thread.join()
+        assert queue._gateway.database.reads == 0
+        await queue.close()
 
     @pytest.mark.parametrize("name", ["_take", "_deliver"])
     @pytest.mark.parametrize("before", [True, False])
@@ -10186,6 +10465,25 @@ class TestQuery:
             await call(events.query, **arguments)
 
 
+class TestUnreadableEvents:
+    async def test_a_follower_tells_of_one_and_goes_on(
+        self, api: Api, events: Any
+    ) -> None:
+        following = events.follow()
+        await call(events.log, TaskEvent("one"))
+        with raw(api.path) as connection:
+            connection.execute(
+                "INSERT INTO omniq_event (at, type, message, details)"
+                " VALUES (0, '', '', '{}')"
+            )
+        await call(events.log, TaskEvent("three"))
+        assert [event.type for event in await take(following, 1)] == ["one"]
+        with pytest.raises(SerializationError, match="event 2"):
+            await take(following, 1)
+        assert [event.type for event in await take(following, 1)] == ["three"]
+        await close_follow(following)
+
+
 class TestFollow:
     async def test_it_gives_what_is_logged_from_the_call_on(self, events: Any) -> None:
         await call(events.log, TaskEvent("before"))
@@ -11564,6 +11862,214 @@ class TestHowValuesShow:
         queue = api.queue()
         await call(queue.close)
         assert "it was closed" in queue._repr_html_()
+
+
+class TestReviewedBackends:
+    """What a reading of the backend found, in the forms in which it was found."""
+
+    @pytest.mark.timeout(20)
+    @pytest.mark.parametrize("own_clock", [False, True])
+    def test_a_clock_that_stands_at_the_due_time(self, own_clock: bool) -> None:
+        """It was due by the row, not by its rounded copy: `result()` never ended."""
+        now = [1_700_000_000.123_456_7]
+
+        def clock() -> float:
+            return now[0]
+
+        with SQLiteQueue(":memory:", clock=clock) as queue:
+            given: Any = queue if own_clock else None
+            terms: Any = {} if own_clock else {"clock": clock}
+            with SQLiteBackend(":memory:", queue=given, **terms) as backend:
+                task_id = backend.enqueue(Task("f"), delay=10)
+                now[0] += 10
+                with pytest.raises(TimeoutError):
+                    backend.result(task_id, timeout=0.05)
+
+    def test_a_blocking_part_of_ones_own_may_be_built_on_ours(
+        self, tmp_path: Path
+    ) -> None:
+        class Events:
+            def __init__(self, inner: SQLiteEventStorage) -> None:
+                self.inner = inner
+
+            def log_many(self, events: Sequence[TaskEvent]) -> None:
+                self.inner.log_many(events)
+
+        with SQLiteEventStorage(tmp_path / "events.db") as log:
+            events: Any = Events(log)
+            with SQLiteQueue(tmp_path / "jobs.db", events=events) as queue:
+                queue.enqueue(Task("f"))
+                assert log.count() == 1
+                task = queue.dequeue()
+                assert task is not None
+                queue.complete(task)
+                assert log.count() == 3
+        assert threading.get_ident() not in omniq_sqlite._operating
+        assert omniq_sqlite._undo == {}
+
+    @pytest.mark.parametrize(
+        "statement",
+        [
+            "DROP TABLE omniq_worker",
+            "INSERT INTO omniq_worker VALUES ('w', 'elsewhere', 1, 'no json', 0, 0)",
+            "INSERT INTO omniq_worker VALUES ('w', '{host}', 1 << 40, '[]', 0, 0)",
+        ],
+    )
+    def test_check_finds_where_it_raised(self, path: str, statement: str) -> None:
+        with SQLiteBackend(path) as backend:
+            backend.enqueue(Task("f"))
+        with raw(path) as connection:
+            connection.execute(statement.replace("{host}", socket.gethostname()))
+        with SQLiteBackend(path) as backend:
+            assert backend.check() != []
+
+    def test_claims_of_an_id_that_was_enqueued_anew(self) -> None:
+        """The number of claims begins anew with the row: the lost one's value won."""
+        with SQLiteBackend(":memory:", events=True) as backend:
+
+            def claimed() -> Task:
+                task = backend.queue.dequeue()
+                assert task is not None
+                return task
+
+            backend.enqueue(Task("f", id="nightly", max_attempts=9))
+            backend.queue.release(claimed())
+            old = claimed()
+            backend.queue.cancel("nightly")
+            backend.queue.purge()
+            backend.enqueue(Task("f", id="nightly"))
+            new = claimed()
+            with pytest.raises(LeaseLostError):
+                backend.complete_many([(old, "old"), (new, "new")])
+            assert backend.result("nightly", timeout=0).value == "new"
+            backend.enqueue(Task("f", id="twice"))
+            task = claimed()
+            backend.queue.complete_many([task, task])
+            assert backend.events is not None
+            log = backend.events.query(task_id="twice", type="completed")
+            assert len(log) == 1
+
+    def test_no_result_of_a_task_that_nobody_claimed(self, tmp_path: Path) -> None:
+        results = tmp_path / "results.db"
+        with SQLiteBackend(tmp_path / "jobs.db", results=results) as backend:
+            task = Task("f")
+            backend.enqueue(task)
+            with pytest.raises(LeaseLostError):
+                backend.complete_many([(task, "never ran")])
+            assert backend.results is not None
+            assert backend.results.get(task.id) is None
+
+    def test_cleanup_settles_in_a_file_in_utf_16(self, path: str) -> None:
+        with raw(path) as connection:
+            connection.execute("PRAGMA encoding = 'UTF-16'")
+            connection.execute("CREATE TABLE application (x)")
+        with SQLiteBackend(path) as backend:
+            past = datetime.now(UTC) - timedelta(days=1)
+            task_id = backend.enqueue(Task("f", expires_at=past))
+            assert backend.cleanup()["settled"] == 1
+            assert backend.status(task_id) == "expired"
+
+    async def test_a_closed_twin_of_a_live_object_is_closed_for_all_calls(
+        self, path: str
+    ) -> None:
+        async with AsyncSQLiteBackend(path) as backend:
+            queue = SQLiteQueue.from_async(backend.queue)
+            twin = SQLiteBackend.from_async(backend)
+
+            def use() -> None:
+                queue.close()
+                twin.close()
+                with (
+                    raw(path) as connection,
+                    pytest.raises(StorageClosedError),
+                ):
+                    queue.enqueue_on(connection, Task("f"))
+                with pytest.raises(StorageClosedError):
+                    twin.to_async()
+
+            await asyncio.to_thread(use)
+
+    async def test_a_twin_of_a_backend_with_a_part_of_another_engine(
+        self, path: str
+    ) -> None:
+        class Log:
+            logged: ClassVar[list[TaskEvent]] = []
+
+            async def log_many(self, events: Sequence[TaskEvent]) -> None:
+                self.logged.extend(events)
+
+        log: Any = Log()
+        async with AsyncSQLiteBackend(path, events=log) as backend:
+            twin = SQLiteBackend.from_async(backend)
+            await asyncio.to_thread(twin.enqueue, Task("f"))
+            assert [event.type for event in log.logged] == ["enqueued"]
+            assert "Log" in repr(twin.events)
+
+    async def test_a_cancelled_block_closes_a_blocking_object(self, path: str) -> None:
+        with anyio.move_on_after(0.05):
+            async with SQLiteQueue(path) as queue:
+                await anyio.sleep(DEADLINE)
+        with pytest.raises(StorageClosedError):
+            queue.enqueue(Task("f"))
+
+    def test_the_environments_urls_are_not_ignored(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def make(url: str, *, asynchronous: bool) -> SQLiteBackend:
+            return SQLiteBackend(":memory:", results=False)
+
+        monkeypatch.setattr(omniq_sqlite, "_find_backend", lambda _: make)
+        monkeypatch.setenv("OMNIQ_TASK_QUEUE_URL", "mem://")
+        monkeypatch.setenv("OMNIQ_RESULT_STORAGE_URL", "sqlite:///results.db")
+        with pytest.raises(ValueError, match="OMNIQ_RESULT_STORAGE_URL"):
+            SQLiteBackend.from_env()
+        monkeypatch.setenv("OMNIQ_TASK_QUEUE_URL", "sqlite:///jobs.db")
+        monkeypatch.setenv("OMNIQ_RESULT_STORAGE_URL", "mem://")
+        with pytest.raises(ValueError, match="with results"):
+            SQLiteBackend.from_env()
+
+    def test_an_event_log_on_the_file_of_queue_and_results_shares_their_commit(
+        self, tmp_path: Path
+    ) -> None:
+        here = str(tmp_path / "here.db")
+        events = SQLiteEventStorage(here)
+        with SQLiteBackend(
+            tmp_path / "other.db", queue=here, results=here, events=events
+        ) as backend:
+            assert backend._async._queue._events_inside  # type: ignore[attr-defined]
+            backend.enqueue(Task("f"))
+            assert events.count() == 1
+        events.close()
+
+    def test_a_busy_file_is_not_taken_for_somebody_elses(self, path: str) -> None:
+        SQLiteQueue(path).__enter__().close()
+        with raw(path) as other, raw(path) as connection:
+            connection.execute("PRAGMA journal_mode = DELETE")
+            connection.execute("PRAGMA busy_timeout = 0")
+
+            def lock(statement: str) -> None:
+                if "the versions in this file" in statement:
+                    other.execute("BEGIN EXCLUSIVE")
+
+            connection.set_trace_callback(lock)
+            with pytest.raises(sqlite3.OperationalError, match="locked"):
+                omniq_sqlite.schema_versions(connection, path)
+
+    def test_relative_places_of_parts_stay_where_they_are(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A worker after a chdir, as of a daemon, stored results in another file."""
+        tasks = TaskRegistry()
+        plain = tasks.register(thumbnail)
+        for name in ("one", "two"):
+            (tmp_path / name).mkdir()
+        monkeypatch.chdir(tmp_path / "one")
+        with SQLiteBackend("jobs.db", results="results.db") as backend:
+            task_id = backend.enqueue(plain.task("a"))
+            monkeypatch.chdir(tmp_path / "two")
+            Worker(backend, tasks).run(until_empty=True, signals=False)
+            assert backend.result(task_id, timeout=0).value == "a:128"
+        assert list((tmp_path / "two").iterdir()) == []
 
 
 class TestCleanup:
@@ -13118,6 +13624,274 @@ class TestRun:
             env=environment(),
         )
         assert done.stdout.strip() == "False"
+
+
+class TestReviewedWorkers:
+    """What a reading of the worker found, in the forms in which it was found."""
+
+    def test_one_that_cancels_itself_in_the_last_batch_has_failed(
+        self, rig: Rig
+    ) -> None:
+        """It was given back unharmed for ever, where `max_tasks` was used up."""
+
+        @rig.tasks.register(max_attempts=2, retry_delay=0)
+        async def give_up() -> None:
+            inner = asyncio.ensure_future(asyncio.sleep(DEADLINE))
+            inner.cancel()
+            await inner
+
+        [task_id] = rig.enqueue(give_up.task())
+        for _ in range(2):
+            rig.perform(rig.worker(), max_tasks=1, until_empty=True)
+        task = rig.get(task_id)
+        assert (task.status, task.attempt) == ("failed", 2)
+
+    def test_a_record_factory_that_sets_our_fields(
+        self, other: Rig, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """A KeyError of `logging` ended the claims, and the worker never returned."""
+        factory = logging.getLogRecordFactory()
+
+        def with_task_id(*args: Any, **terms: Any) -> logging.LogRecord:
+            record = factory(*args, **terms)
+            record.task_id = "-"
+            return record
+
+        logging.setLogRecordFactory(with_task_id)
+        try:
+            other.enqueue(Task("unknown"), other.tasks.register(thumbnail).task("a"))
+            assert other.run() == 0
+        finally:
+            logging.setLogRecordFactory(factory)
+        assert "unknown" in caplog.text
+
+    def test_where_no_thread_can_be_started_tasks_wait(
+        self, rig: Rig, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(omniq_sqlite, "_LONGEST_PAUSE", 0.05)
+        start, refused = threading.Thread.start, list(range(5))
+
+        def limited(thread: threading.Thread) -> None:
+            if re.fullmatch(r"w-\d+", thread.name) and refused:
+                refused.pop()
+                raise RuntimeError("can't start new thread")
+            start(thread)
+
+        monkeypatch.setattr(threading.Thread, "start", limited)
+        [task_id] = rig.enqueue(rig.tasks.register(thumbnail).task("a"))
+        assert rig.run(name="w") == 0
+        assert rig.value(task_id) == "a:128"
+        assert refused == []
+
+    @pytest.mark.parametrize("is_async", [False, True])
+    def test_a_timeout_without_a_grace_ends_the_function(
+        self, rig: Rig, is_async: bool
+    ) -> None:
+        """It was given up in the same moment, never interrupted: status 75."""
+        seen: list[str] = []
+
+        @rig.tasks.register(timeout=0.1, max_attempts=1)
+        async def wait() -> None:
+            try:
+                await asyncio.sleep(DEADLINE)
+            except BaseException as error:
+                seen.append(type(error).__name__)
+                raise
+
+        @rig.tasks.register(timeout=0.1, max_attempts=1)
+        def sleep() -> None:
+            try:
+                for _ in range(6_000):
+                    time.sleep(0.01)
+            except BaseException as error:
+                seen.append(type(error).__name__)
+                raise
+
+        function: Any = wait if is_async else sleep
+        rig.enqueue(function.task())
+        assert rig.run(grace=0.0) == 0
+        assert seen == ["CancelledError" if is_async else "TaskTimeout"]
+
+    @pytest.mark.parametrize("results", [False, True])
+    def test_a_plain_function_whose_body_has_not_run_fails(
+        self, path: str, results: bool
+    ) -> None:
+        """Behind a decorator that knows nothing of async it was "completed"."""
+
+        async def coroutine() -> None:
+            raise AssertionError
+
+        def generator() -> Iterator[int]:
+            yield 1
+
+        async def async_generator() -> AsyncIterator[int]:
+            yield 1
+
+        tasks = TaskRegistry()
+        with SQLiteBackend(path, results=results, retention=60) as backend:
+            for function in (coroutine, generator, async_generator):
+                call_it: Any = function
+                tasks.register(
+                    lambda call_it=call_it: call_it(), name=function.__name__
+                )
+                backend.enqueue(Task(function.__name__))
+            Worker(backend, tasks).run(until_empty=True, signals=False)
+            for task in backend.queue.list_tasks():
+                assert (task.status, task.attempt) == ("failed", 1)
+                assert "has not run" in str(task.error)
+
+    def test_a_retry_whose_delay_is_no_delay(self, rig: Rig) -> None:
+        """Its outcome could never be written, and the lease was held for ever."""
+
+        class LimitError(Retry):
+            def __init__(self) -> None:
+                super().__init__()
+                self.delay = -1.0
+
+        @rig.tasks.register(max_attempts=2, retry_delay=0)
+        def limited() -> None:
+            raise LimitError
+
+        [task_id] = rig.enqueue(limited.task())
+        assert rig.run() == 0
+        assert rig.get(task_id).attempt == 2
+
+    def test_sigterm_where_a_function_blocks_the_loop(
+        self, start: Callable[..., Program]
+    ) -> None:
+        program = start("""
+            import time
+            from omniq_sqlite import SQLiteBackend, TaskRegistry, Worker
+
+            tasks = TaskRegistry()
+
+            @tasks.register
+            async def block():
+                print("blocks", flush=True)
+                while True:
+                    time.sleep(0.05)
+
+            with SQLiteBackend("jobs.db") as backend:
+                backend.enqueue(block.task())
+                Worker(backend, tasks, grace=0.2).run()
+            """)
+        program.expect("blocks")
+        program.process.send_signal(signal.SIGTERM)
+        assert program.end() == 75
+
+    def test_leases_are_extended_by_the_given_clock(self, path: str) -> None:
+        """The heartbeat had a pickled copy of it: a task ran three times at once."""
+        clock = MovedClock()
+        tasks = TaskRegistry()
+        runs: list[int] = []
+
+        @tasks.register
+        def long() -> None:
+            runs.append(1)
+            for _ in range(35):
+                clock.offset += 0.1
+                time.sleep(0.1)
+
+        with SQLiteBackend(path, clock=clock) as backend:
+            backend.enqueue(long.task())
+            worker = Worker(backend, tasks, lease=3)
+            worker.run(until_empty=True, signals=False)
+        assert runs == [1]
+
+    def test_a_program_that_collects_all_children_itself(
+        self, start: Callable[..., Program]
+    ) -> None:
+        program = start("""
+            import os, signal, threading, time
+            from omniq_sqlite import SQLiteBackend, TaskRegistry, Worker
+
+            def reap(*_):
+                try:
+                    while os.waitpid(-1, os.WNOHANG)[0]:
+                        pass
+                except ChildProcessError:
+                    pass
+
+            if __name__ == "__main__":
+                signal.signal(signal.SIGCHLD, reap)
+                with SQLiteBackend("jobs.db") as backend:
+                    worker = Worker(backend, TaskRegistry(), grace=1, name="w")
+                    def stop():
+                        while len(backend.queue.list_workers()) < 2:
+                            time.sleep(0.01)
+                        worker.stop()
+                    threading.Thread(target=stop).start()
+                    worker.run(processes=2)
+                print("ended", flush=True)
+            """)
+        program.expect("ended")
+        assert program.end() == 0
+
+    def test_a_generators_exit_that_comes_out_is_a_failure(self, rig: Rig) -> None:
+        @rig.tasks.register(max_attempts=1)
+        async def close() -> None:
+            raise GeneratorExit
+
+        [task_id] = rig.enqueue(close.task())
+        assert rig.run() == 0
+        assert rig.get(task_id).status == "failed"
+
+    def test_an_engine_that_fails_at_the_sign_off(self, other: Rig) -> None:
+        other.queue.faults += [("reclaim", ConnectionError("gone"))]
+        [task_id] = other.enqueue(other.tasks.register(thumbnail).task("a"))
+        assert other.run() == 0
+        assert other.value(task_id) == "a:128"
+
+    def test_a_copy_of_a_blocking_engine_is_closed(self) -> None:
+        closed: list[object] = []
+        copied = pickle.loads(
+            pickle.dumps(omniq_sqlite._BackendInThreads(cast(Any, ClosableEngine())))
+        )
+        copied._blocking.closed = closed
+        asyncio.run(copied.close())
+        assert closed == [copied._blocking]
+
+    def test_a_disk_that_is_full_at_the_start_is_waited_for(
+        self, rig: Rig, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        async def refuse(_self: Any) -> None:
+            raise DatabaseFullError("jobs.db")
+
+        monkeypatch.setattr(AsyncSQLiteBackend, "cleanup", refuse)
+        [task_id] = rig.enqueue(rig.tasks.register(thumbnail).task("a"))
+        assert rig.run() == 0
+        assert rig.value(task_id) == "a:128"
+
+    def test_a_callable_with_an_attribute_of_that_name(self, rig: Rig) -> None:
+        class Step:
+            function = "linear"
+
+            def __call__(self) -> int:
+                return 2
+
+        rig.tasks.register(Step(), name="step")
+        [task_id] = rig.enqueue(Task("step"))
+        assert rig.run() == 0
+        assert rig.value(task_id) == 2
+
+
+class MovedClock:
+    """A clock that pickles, as an object of a test may."""
+
+    def __init__(self) -> None:
+        self.offset = 0.0
+
+    def __call__(self) -> float:
+        return time.time() + self.offset
+
+
+class ClosableEngine:
+    """Stands for a blocking backend of another engine that pickles."""
+
+    queue = None
+
+    def close(self) -> None:
+        cast(Any, self).closed.append(self)
 
 
 class TestWorkerArguments:
@@ -17279,6 +18053,87 @@ class TestReading:
         before = db.read_bytes()
         assert "OmniQ" in self.read(command, db, cli)
         assert db.read_bytes() == before
+
+
+class TestReviewedCommands:
+    """What a newcomer's round found."""
+
+    def test_options_may_stand_before_and_between_the_arguments(
+        self, cli: Cli, path: str
+    ) -> None:
+        status, output, _ = cli("enqueue", path, "f", "--queue", "mail", "x", "1")
+        assert status == 0
+        _, found, _ = cli("show", path, output.strip(), "--json")
+        task = json.loads(found)["task"]
+        assert (task["args"], task["queue"]) == (["x", 1], "mail")
+        status, output, _ = cli("cancel", path, "--dry-run", output.strip())
+        assert (status, "would be cancelled: 1 task" in output) == (0, True)
+        assert cli("enqueue", path, "f", "--", "-x", "--y")[0] == 0
+        assert cli("enqueue", path, "f", "-5")[0] == 0
+
+    def test_an_empty_host_is_not_every_address(self, cli: Cli, jobs: str) -> None:
+        status, _, errors = cli("serve", jobs, "--port", "0", "--host", "")
+        assert status == 2
+        assert "127.0.0.1" in errors
+
+    @pytest.mark.parametrize(
+        "value", [True, False, 1_234_567, {}, None, "6", [1, "a"], ""]
+    )
+    def test_a_value_is_shown_as_python_writes_it(
+        self, cli: Cli, path: str, value: Any
+    ) -> None:
+        with SQLiteBackend(path) as backend:
+            task_id = backend.enqueue(Task("f"))
+            task = backend.queue.dequeue()
+            assert task is not None
+            backend.complete(task, value)
+        _, output, _ = cli("show", path, task_id)
+        assert f"value          {value!r}\n" in output
+
+    @pytest.mark.parametrize(
+        "command", [["enqueue", ":memory:", "f"], ["stats", ":memory:"]]
+    )
+    def test_memory_is_no_file_of_a_command(self, cli: Cli, command: list[str]) -> None:
+        status, _, errors = cli(*command)
+        assert status == 2
+        assert "name a file" in errors
+
+    def test_a_dry_run_says_what_would_not_be(self, cli: Cli, jobs: str) -> None:
+        _, _, errors = cli("cancel", jobs, "nope", "--dry-run")
+        assert errors.startswith("would not be cancelled: 'nope'")
+
+    @pytest.mark.parametrize(
+        "options",
+        [
+            ["--limit", "9223372036854775807"],
+            ["--offset", "99999999999999999999"],
+            ["--offset", "-1"],
+            ["--older-than=-5m"],
+            ["--newer-than", "0001-01-03"],
+            ["--newer-than", "9999-12-31"],
+            ["--func", "\udcff"],
+        ],
+    )
+    def test_what_is_out_of_range_is_named(
+        self, cli: Cli, jobs: str, options: list[str]
+    ) -> None:
+        status, _, errors = cli("list", jobs, *options)
+        assert status == 2
+        assert is_one_line(errors)
+        assert "must be" in errors
+
+    def test_output_may_be_closed(self, jobs: str, tmp_path: Path) -> None:
+        shell = f"exec {sys.executable} -m omniq_sqlite stats {jobs} >&-"
+        done = subprocess.run(
+            ["sh", "-c", shell],
+            cwd=tmp_path,
+            env=environment(),
+            capture_output=True,
+            text=True,
+            timeout=DEADLINE,
+            check=False,
+        )
+        assert (done.returncode, done.stderr) == (0, "")
 
 
 class TestMain:
