@@ -2566,7 +2566,7 @@ def _create_file(path: str) -> None:
 
     It appears under its name in one step with its mode set. SQLite gives the
     `-wal` and `-shm` beside it the same mode. The descriptor is closed before
-    the name exists, so that no lock is dropped.
+    the name exists, so that no lock is dropped (but for where there are no links).
     """
     _create_folders(Path(path).parent)
     temporary = f"{path}.{os.urandom(6).hex()}.tmp"
@@ -12146,12 +12146,12 @@ def _build_parser() -> argparse.ArgumentParser:
 
         intermixes = False
 
-        def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        def parse_known_args(self, *args: Any, **terms: Any) -> Any:
             if self.intermixes:
-                return super().parse_known_args(args, namespace)
+                return super().parse_known_args(*args, **terms)
             self.intermixes = True
             try:
-                return self.parse_known_intermixed_args(args, namespace)
+                return self.parse_known_intermixed_args(*args, **terms)
             finally:
                 self.intermixes = False
 

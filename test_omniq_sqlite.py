@@ -12006,8 +12006,9 @@ class TestReviewedBackends:
             assert "Log" in repr(twin.events)
 
     async def test_a_cancelled_block_closes_a_blocking_object(self, path: str) -> None:
+        queue = SQLiteQueue(path)
         with anyio.move_on_after(0.05):
-            async with SQLiteQueue(path) as queue:
+            async with queue:
                 await anyio.sleep(DEADLINE)
         with pytest.raises(StorageClosedError):
             queue.enqueue(Task("f"))
