@@ -19669,3 +19669,30 @@ class TestBenchmarks:
         assert len(rows) == 29
         for row in rows:
             assert any("omniq" in name or " " in name for name in row["columns"]), row
+
+    @pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler")
+    def test_a_slower_disk_is_slower_for_all(self, tmp_path: Path) -> None:
+        """Which the program finds out itself, and says what a flush takes."""
+        outcome = subprocess.run(
+            [
+                sys.executable,
+                ROOT / "benchmarks/run.py",
+                "--quick",
+                "--flush-ms=20",
+                "--only=enqueue-full",
+                f"--folder={tmp_path}",
+                f"--json={tmp_path / 'results.json'}",
+            ],
+            env=child_environment(tmp_path / "bin"),
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=DEADLINE,
+            check=False,
+        )
+        assert outcome.returncode == 0, outcome.stdout + outcome.stderr
+        results = json.loads((tmp_path / "results.json").read_text())
+        assert float(results["facts"]["flush"].removesuffix(" ms")) >= 20
+        [row] = results["rows"]
+        for column in row["columns"].values():
+            assert column["median"] < 50  # a second, one flush for each at least
