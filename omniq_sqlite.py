@@ -2488,9 +2488,9 @@ _HELD_WAL_BYTES = 40 * 2**20  # size from which writes are slowed: a reader hold
 _HELD_WAL_PACE = 2 * 2**20  # bytes a second by which all together let it grow then
 _HELD_WAL_PAUSE = 0.25  # seconds after one transaction at most
 _INTERRUPT_INTERVAL = 0.05  # seconds between two looks for a recorded SIGINT
+_FORK_PATIENCE = 1.0  # seconds for which a fork inside a blocking call waits for others
 _LOST_WAKE = 2.0  # seconds until a thread looks whether an exception hit its waker
 _FIRST_LOOK = 0.0005  # seconds after a write to the WAL; the next at double distances
-_FORK_PATIENCE = 1.0  # seconds for which a fork inside a blocking call waits for others
 _LAST_LOOK = 0.05  # seconds between two looks when nobody writes, in case one is missed
 _LOOKS_APART = 0.006  # seconds between two looks when others write all the time
 
@@ -7628,9 +7628,10 @@ class AsyncResultStream:
     async def _wait(self) -> None:
         """Find out what has ended; wait for a commit or a due time if nothing has."""
         backend = self._backend
-        seen = backend._main_gateway().database.bell.generation
+        database = backend._main_gateway().database
+        seen = database.bell.generation
         live = await backend._live(self._waiting)
-        now = backend._main_gateway().database.options.clock()  # as what settles them
+        now = database.options.clock()  # as what settles them
         self._ended.extend(i for i in self._waiting if live.get(i, 0.0) <= now)
         if not self._ended:
             left = _time_left(self._deadline, next(iter(live)), self._timeout)
@@ -10972,8 +10973,8 @@ def _change_tasks(
     with _open(options, "queue") as backend:
         refusal = f"not {done}"
         if options.dry_run:
-            verb, done = _tried(verb), f"would be {done}"
-            refusal = f"would not be {done.removeprefix('would be ')}"
+            verb, refusal = _tried(verb), f"would not be {done}"
+            done = f"would be {done}"
         changed = list(_change_matching(backend, chosen, verb))
         refused = set(options.ids).difference(row[1] for row in changed)
         for task_id in sorted(refused):
@@ -11969,16 +11970,18 @@ _AN_INSTANT = "an instant such as 2026-01-31T12:00, or an age such as 90s, 10m, 
 def _parse_instant(text: str) -> datetime:
     """Return an ISO 8601 instant, in local time unless it says, or an age as one."""
     units = {"s": 1, "m": 60, "h": 3_600, "d": 86_400}
+    refusal = _CommandError(f"a time must be {_AN_INSTANT}, not {text!r}")
+    age = 0.0
     try:
         if text[-1:] in units:
-            seconds = float(text[:-1]) * units[text[-1]]
-            instant = _now() - timedelta(seconds=seconds)
+            age = float(text[:-1]) * units[text[-1]]
+            instant = _now() - timedelta(seconds=age)
         else:
-            seconds, instant = 0.0, datetime.fromisoformat(text).astimezone()
+            instant = datetime.fromisoformat(text).astimezone()
     except (ValueError, OverflowError, OSError):
-        seconds, instant = -1.0, _now()
-    if seconds < 0 or not 1970 <= instant.year < 9999:
-        raise _CommandError(f"a time must be {_AN_INSTANT}, not {text!r}")
+        raise refusal from None
+    if age < 0 or not 1970 <= instant.year < 9999:
+        raise refusal
     return instant
 
 

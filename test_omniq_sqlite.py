@@ -463,6 +463,22 @@ def join(*pids):
         status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
         assert status == 0, f"child {{pid}} ended with {{status}}"
 
+def reading(database):
+    "Read in a thread until told to end; return the thread and what tells it."
+    inside, over = threading.Event(), threading.Event()
+    def read(connection):
+        inside.set()
+        over.wait()
+    thread = threading.Thread(target=database.read, args=(read,))
+    thread.start()
+    inside.wait()
+    return thread, over.set
+
+def wait_for_a_fork(database):
+    "Return when a fork waits until the connections are at rest."
+    while not database.resting:
+        time.sleep(0.001)
+
 def lock():
     "Hold the write lock in a process of its own; return what gives it up."
     import subprocess
@@ -4362,20 +4378,12 @@ class TestFork:
             queue = SQLiteQueue(path, synchronous="NORMAL")
             queue.enqueue(Task("f"))
             database = queue._async._gateway.database
-            inside, forking, go = (threading.Event() for _ in range(3))
-            def read(connection):
-                inside.set()
-                go.wait()
-            thread = threading.Thread(target=database.read, args=(read,))
-            thread.start()
-            inside.wait()
+            thread, go = reading(database)
             def interrupt():
-                forking.wait()
-                time.sleep(0.1)  # until the fork waits for the reader
+                wait_for_a_fork(database)
                 os.kill(os.getpid(), signal.SIGINT)
                 time.sleep(0.1)
-                go.set()
-            os.register_at_fork(before=forking.set)  # called before the module's own
+                go()
             other = threading.Thread(target=interrupt)
             other.start()
             try:
@@ -4517,8 +4525,7 @@ class TestForksOfEveryKind:
             database = queue._async._gateway.database
             def read(connection):
                 other.start()
-                while not database.resting:
-                    time.sleep(0.001)
+                wait_for_a_fork(database)
                 signal.raise_signal(signal.SIGUSR1)
             omniq_sqlite._FORK_PATIENCE = 0.2
             omniq_sqlite._shielded(lambda: database.read(read))
@@ -5858,30 +5865,20 @@ class TestThrownExceptions:
         run_here("""
             queue = SQLiteQueue(path)
             queue.enqueue(Task("f"))
-            inside, forking, go, release = (threading.Event() for _ in range(4))
-            def read(connection):
-                inside.set()
-                go.wait()
             database = queue._async._gateway.database
+            reader, go = reading(database)
+            release = threading.Event()
             def hold():
-                forking.wait()
-                while not database.resting:
-                    time.sleep(0.001)
+                wait_for_a_fork(database)
                 with omniq_sqlite._operating_lock:
-                    go.set()
+                    go()
                     release.wait()
-            threads = [
-                threading.Thread(target=database.read, args=(read,)),
-                threading.Thread(target=hold),
-            ]
-            for thread in threads:
-                thread.start()
-            inside.wait()
-            os.register_at_fork(before=forking.set)  # called before the module's own
+            holder = threading.Thread(target=hold)
+            holder.start()
             join(fork(lambda: queue.enqueue(Task("child"))))
             release.set()
-            for thread in threads:
-                thread.join()
+            holder.join()
+            reader.join()
             assert rows() == ["child", "f"], rows()
             """)
 
@@ -5891,20 +5888,13 @@ class TestThrownExceptions:
         run_here("""
             queue = SQLiteQueue(path)
             queue.enqueue(Task("f"))
-            inside, forking, go = (threading.Event() for _ in range(3))
-            def read(connection):
-                inside.set()
-                go.wait()
             database = queue._async._gateway.database
-            reader = threading.Thread(target=database.read, args=(read,))
-            reader.start()
-            inside.wait()
+            reader, go = reading(database)
             thrown = []
             def throw():
-                while not database.resting:
-                    time.sleep(0.001)
+                wait_for_a_fork(database)
                 thrown.append(omniq_sqlite._throw(forker.ident, TaskTimeout))
-                go.set()
+                go()
             forker = threading.Thread(target=lambda: join(fork(lambda: None)))
             thrower = threading.Thread(target=throw)
             for thread in (thrower, forker):
@@ -19645,27 +19635,34 @@ class TestDeployment:
 
 @pytest.mark.long
 class TestBenchmarks:
-    @pytest.mark.timeout(240)  # 30 s where nothing else runs
-    def test_the_quick_form_does_every_workload_and_loses_no_task(
-        self, tmp_path: Path
-    ) -> None:
+    @staticmethod
+    def run_quickly(folder: Path, *options: str, timeout: float = DEADLINE) -> Any:
+        """Run the quick form of the benchmark; return what it has written."""
+        results = folder / "results.json"
         outcome = subprocess.run(
             [
                 sys.executable,
                 ROOT / "benchmarks/run.py",
                 "--quick",
-                f"--folder={tmp_path}",
-                f"--json={tmp_path / 'results.json'}",
+                f"--folder={folder}",
+                f"--json={results}",
+                *options,
             ],
-            env=child_environment(tmp_path / "bin"),
+            env=child_environment(folder / "bin"),
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
-            timeout=220,
+            timeout=timeout,
             check=False,
         )
         assert outcome.returncode == 0, outcome.stdout + outcome.stderr
-        rows = json.loads((tmp_path / "results.json").read_text())["rows"]
+        return json.loads(results.read_text())
+
+    @pytest.mark.timeout(240)  # 30 s where nothing else runs
+    def test_the_quick_form_does_every_workload_and_loses_no_task(
+        self, tmp_path: Path
+    ) -> None:
+        rows = self.run_quickly(tmp_path, timeout=220)["rows"]
         assert len(rows) == 29
         for row in rows:
             assert any("omniq" in name or " " in name for name in row["columns"]), row
@@ -19673,25 +19670,7 @@ class TestBenchmarks:
     @pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler")
     def test_a_slower_disk_is_slower_for_all(self, tmp_path: Path) -> None:
         """Which the program finds out itself, and says what a flush takes."""
-        outcome = subprocess.run(
-            [
-                sys.executable,
-                ROOT / "benchmarks/run.py",
-                "--quick",
-                "--flush-ms=20",
-                "--only=enqueue-full",
-                f"--folder={tmp_path}",
-                f"--json={tmp_path / 'results.json'}",
-            ],
-            env=child_environment(tmp_path / "bin"),
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=DEADLINE,
-            check=False,
-        )
-        assert outcome.returncode == 0, outcome.stdout + outcome.stderr
-        results = json.loads((tmp_path / "results.json").read_text())
+        results = self.run_quickly(tmp_path, "--flush-ms=20", "--only=enqueue-full")
         assert float(results["facts"]["flush"].removesuffix(" ms")) >= 20
         [row] = results["rows"]
         for column in row["columns"].values():
