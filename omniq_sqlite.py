@@ -8076,21 +8076,22 @@ def _twin_of(cls: Any, storage: Any, given: Any) -> Any:
 # - `_Heartbeat` is a thread with an event loop and database connections of its
 #   own. It extends leases, writes progress and keeps time, so that a function
 #   that blocks the worker's loop loses no lease.
-# - `_Shift` is one run of a worker in one process. On its event loop it claims
-#   as many tasks as it has free slots, starts them (async functions right there)
-#   and settles them. A slot is free as soon as its function ends, so the next
-#   claim travels in the same commit as the outcomes of the last ones: for no-op
-#   tasks that is one flush for each batch. Whatever ends while a commit is under
-#   way joins the next batch, and values that end in one turn of the loop are one
-#   write. Nothing waits for a batch to fill, but for a quarter of a millisecond while
-#   quick functions end.
+# - `_Shift` is one run of a worker in one process. On its event loop it claims as
+#   many tasks as it has free slots, starts them (async functions right there) and
+#   settles them. It makes its slots as it finds use for them, and keeps one free
+#   while there is nothing to claim. A slot is free as soon as its function ends, so
+#   the next claim travels in the same commit as the outcomes of the last ones: for
+#   no-op tasks that is one flush for each batch. Whatever ends while a commit is
+#   under way joins the next batch, and values that end in one turn of the loop are
+#   one write. Nothing waits for a batch to fill, but for a quarter of a millisecond
+#   while quick functions end.
 # - `_Crew` runs shifts in child processes and replaces those that end, or that
 #   do not answer for a whole lease.
 # - `AsyncWorker` is what the user holds; it has one of the last two while it
 #   runs. `Worker` is its blocking twin.
 
 DEFAULT_CONCURRENCY = 8
-"""Tasks that one worker process runs at once."""
+"""Tasks that one worker process runs at once, at most."""
 
 STUCK_STATUS = 75
 """Exit status of a worker with a function that did not end: start it anew.
@@ -8103,6 +8104,9 @@ _CLEANUP_INTERVAL = 60.0  # seconds
 _PROGRESS_INTERVAL = 1.0  # seconds
 _QUICK_CALL = 0.001  # seconds in which one thread goes on to the next function
 _GATHER = 0.000_25  # seconds that a claim waits for quick functions, to fill all slots
+_LOOK = 0.005  # seconds after which the worker looks whether the interpreter is free
+_POLITE_PAUSE = 0.25  # seconds for others to claim what a busy worker could
+_SHORT_RUN = 0.01  # seconds: for each task that takes less there is one slot more
 _LEAST_GRACE = 0.1  # seconds in which a function may end after its timeout, at least
 _LAST_WRITES = 1.0  # seconds for outcomes to be written after the grace has passed
 _QUICK_DEATH = 10.0  # seconds: a child that fails sooner is replaced ever more slowly
@@ -8791,7 +8795,7 @@ class _Shift:
         self._terms = terms
         self._on_ready = on_ready
         self._left = terms.max_tasks
-        self._free = worker.concurrency
+        self._slots = self._free = 1
         self._runs: set[_Run] = set()
         self._loop = _running_loop()
         self._threads = _Threads(worker.name, self._loop, self._end)
@@ -8935,7 +8939,7 @@ class _Shift:
         self._on_ready()
         report = partial(self._log, logging.WARNING, "cannot claim: %s")
         while self._left and self._claims:
-            await self._until(self._room)
+            await self._find_room()
             if gather := self._threads.quick():
                 await self._until(lambda: not self._threads.quick(), gather)
                 if not self._room():
@@ -8946,23 +8950,51 @@ class _Shift:
             for task in tasks:
                 self._take(task)
 
+    async def _find_room(self) -> None:
+        """Wait for a free slot; while all are taken, make more.
+
+        One to begin with, or eight long computations would all be the worker's that
+        was a moment earlier, and the other cores idle. Where the interpreter is free,
+        there are as many as may be in a few milliseconds; where it is busy, one more
+        now and then, so that what is short does not wait behind what is long.
+        """
+        while not self._room():
+            if self._free or self._slots == self._worker.concurrency:
+                await self._until(self._room)
+                continue
+            due = self._loop.time() + _LOOK
+            await self._until(self._room, _LOOK)
+            busy = self._loop.time() - due > sys.getswitchinterval() / 2
+            if busy:
+                await self._until(self._room, _POLITE_PAUSE)
+            if not self._free:
+                self._make_slots(1 if busy else self._slots)
+
+    def _make_slots(self, count: int) -> None:
+        count = min(count, self._worker.concurrency - self._slots)
+        self._slots += count
+        self._free_slots(count)
+
     def _room(self) -> int:
         # Ended runs whose outcome is not written yet hold no slot, but they are
         # bounded: a database that stalls stops the claims. Twice the slots, so that a
         # claim goes with the outcomes before it, while earlier ones are flushed (then
         # 8 no-ops take one commit, not 1.5). All free slots at once or none: claims
         # of one task each would cost a transaction each.
-        unwritten = len(self._runs) - (self._worker.concurrency - self._free)
+        unwritten = len(self._runs) - (self._slots - self._free)
         if unwritten > 2 * self._worker.concurrency:
             return 0
         return int(min(self._free, self._left))
 
     async def _dequeue(self) -> list[Task] | None:
         """Claim what there is room for; `None`: there will be no more."""
-        if not self._terms.until_empty:
-            return await self._dequeue_within(None)
         if tasks := await self._dequeue_within(0.0):
             return tasks
+        # What comes next may be long: one slot, as at the beginning.
+        self._slots -= self._free - 1
+        self._free = 1
+        if not self._terms.until_empty:
+            return await self._dequeue_within(None)
         if self._runs:  # they may fail and come back, or enqueue others
             free = self._free
             await self._until(lambda: not self._runs or self._free > free, 0.05)
@@ -9170,6 +9202,8 @@ class _Shift:
             done = []
         for run in set(ended).difference(done):
             run.job = self._loop.create_task(self._settle(run))
+        short = time.monotonic() - _SHORT_RUN
+        self._make_slots(sum(run.extended_at > short for run in ended))
         self._free_slots(len(ended))
 
     async def _settle_many(self, runs: Sequence[_Run]) -> None:
@@ -9525,8 +9559,10 @@ def _handling(
 class AsyncWorker:
     """Run tasks in this event loop, in threads, or in child processes.
 
-    `queues` in order of preference; `concurrency` tasks at once in each process
-    (8 by default; async functions are cheap to run in hundreds). `lease`: seconds
+    `queues` in order of preference; at most `concurrency` tasks at once in each
+    process (8 by default; async functions are cheap to run in hundreds). So many
+    begin within some milliseconds, but while the interpreter is busy only one more
+    every quarter of a second: processes that are free come first. `lease`: seconds
     after which another worker takes the tasks of one that has died; it is extended
     while a function runs. `grace`: seconds that running tasks are given at a stop,
     and a function to end after its timeout. `name` must be unique; by default it
