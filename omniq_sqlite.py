@@ -258,16 +258,8 @@ class OmniQError(Exception):
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Exceptions pickle as `cls(*args)`, but `args` is the message here.
-        return _restore_error, (type(self), self.args, self.__dict__)
-
-
-def _restore_error(
-    cls: type[OmniQError], args: tuple[Any, ...], facts: dict[str, Any]
-) -> OmniQError:
-    error = cls.__new__(cls)
-    error.args = args
-    error.__dict__.update(facts)
-    return error
+        cls = type(self)
+        return cls.__new__, (cls,), {"args": self.args, **self.__dict__}
 
 
 class _FileError(OmniQError):
@@ -304,6 +296,7 @@ class DatabaseBusyError(OmniQError, TimeoutError):
     def __init__(self, path: str, waited: float, detail: str = "") -> None:
         self.path = path
         self.waited = waited
+        self.detail = detail
         super().__init__(
             f"database {path!r} is in use by another writer (waited {waited:.1f} s)"
             + (f": {detail}" if detail else "")
@@ -624,6 +617,10 @@ _RULES = {
     "lease": _number(0.001),
     "readers": _integer(1, 1_000),
     "clock": ("callable", callable),
+    "synchronous": (
+        "'OFF', 'NORMAL', 'FULL' or 'EXTRA'",
+        lambda value: value in ("OFF", "NORMAL", "FULL", "EXTRA"),
+    ),
     "status": _one_of(TaskStatus),
     "TaskResult.status": _one_of(ResultStatus),
     "Task.timeout": _number(1e-6),
@@ -2066,20 +2063,12 @@ class _Refused(Exception):
 _MAX_DEPTH = 200  # well below what the JSON parser can read back on any stack
 
 
-def _encode_timedelta(value: timedelta) -> list[int]:
-    return [value.days, value.seconds, value.microseconds]
-
-
-def _encode_bytes(value: bytes) -> str:
-    return base64.b64encode(value).decode()
-
-
 _ENCODERS: dict[type, tuple[str, Callable[[Any], Any]]] = {
-    bytes: ("$bytes", _encode_bytes),
+    bytes: ("$bytes", lambda value: base64.b64encode(value).decode()),
     datetime: ("$datetime", datetime.isoformat),
     date: ("$date", date.isoformat),
     time_of_day: ("$time", time_of_day.isoformat),
-    timedelta: ("$timedelta", _encode_timedelta),
+    timedelta: ("$timedelta", lambda t: [t.days, t.seconds, t.microseconds]),
     Decimal: ("$decimal", str),
     UUID: ("$uuid", str),
     type(Path()): ("$path", str),
@@ -2106,7 +2095,7 @@ _PLAIN = frozenset({str, int, bool, type(None)})
 def _encode(value: Any, depth: int = 0) -> Any:
     """Return `value` made of JSON's own types."""
     kind = type(value)
-    if value is None or kind is str or kind is int or kind is bool:
+    if kind in _PLAIN:
         return value
     if isinstance(value, float):
         if not math.isfinite(value):
@@ -2531,20 +2520,20 @@ def _network_filesystem(path: str) -> str | None:
     real = os.path.realpath(path)
     if sys.platform == "win32":
         return "UNC path" if real.startswith(("\\\\", "//")) else None
-    if sys.platform == "darwin":
-        # "server:/export on /mnt (nfs, …)" in the form of a mountinfo line
-        listing = subprocess.run(
-            ["/sbin/mount"], capture_output=True, text=True, timeout=10, check=False
-        ).stdout
-        mounts = ""
-        for line in listing.splitlines():
-            point, _, options = line.partition(" on ")[2].rpartition(" (")
-            mounts += f"0 0 0 / {point} - {options.split(',')[0].rstrip(')')}\n"
-    else:
-        try:
+    try:
+        if sys.platform == "darwin":
+            # "server:/export on /mnt (nfs, …)" in the form of a mountinfo line
+            listing = subprocess.run(
+                ["/sbin/mount"], capture_output=True, text=True, timeout=10, check=False
+            ).stdout
+            mounts = ""
+            for line in listing.splitlines():
+                point, _, options = line.partition(" on ")[2].rpartition(" (")
+                mounts += f"0 0 0 / {point} - {options.split(',')[0].rstrip(')')}\n"
+        else:
             mounts = os.fsdecode(Path("/proc/self/mountinfo").read_bytes())
-        except OSError:
-            return None
+    except (OSError, subprocess.TimeoutExpired):
+        return None
     name = _filesystem_of(real, mounts)
     return name if name in _NETWORK_FILESYSTEMS else None
 
@@ -2641,12 +2630,6 @@ class _Options:
     readers: int = DEFAULT_READERS
 
     def __post_init__(self) -> None:
-        _check(
-            self.synchronous in ("OFF", "NORMAL", "FULL", "EXTRA"),
-            "synchronous",
-            "'OFF', 'NORMAL', 'FULL' or 'EXTRA'",
-            self.synchronous,
-        )
         _check_fields(self)
 
 
@@ -2756,19 +2739,6 @@ class _Latch:
         return self._lock.acquire(timeout=-1 if timeout == math.inf else timeout)
 
 
-class _Freed(threading.Condition):
-    """Tells that a connection is free again; knows whether anybody waits for one."""
-
-    waiting = 0
-
-    def wait(self, timeout: float | None = None) -> bool:
-        self.waiting += 1
-        try:
-            return super().wait(timeout)
-        finally:
-            self.waiting -= 1
-
-
 class _Pool:
     """Up to `size` connections, each used by one thread at a time, opened lazily.
 
@@ -2814,8 +2784,7 @@ class _Pool:
                 self.idle.append(connection)
             if database.ended:
                 self.close()
-            if database.freed.waiting:
-                database.freed.notify_all()
+            database.freed.notify_all()
 
     def discard(self) -> None:
         """Close the connection that this thread uses; the next one is new."""
@@ -2949,9 +2918,7 @@ class _Bell:
         """
         with self.lock:
             self.polled = False
-            woken, self.waiters = self.waiters, set()
-        for waiter in woken:
-            waiter.wake()
+        self.ring()
 
     def ring(self) -> None:
         """Wake everybody: something was committed."""
@@ -3077,7 +3044,7 @@ class _Database:
         """Begin with new locks and nothing under way: at first, and in a child."""
         self.generation += 1
         self.gate = threading.RLock()
-        self.freed = _Freed(self.gate)
+        self.freed = threading.Condition(self.gate)  # a connection is
         self.resting = False
         self.queue_lock = threading.Lock()
         self.pending: collections.deque[_Operation[Any]] = collections.deque()
@@ -3182,9 +3149,10 @@ class _Database:
         if self.identity is None:
             if sqlite3.sqlite_version_info < (3, 37):
                 raise UnsupportedSQLiteError(sqlite3.sqlite_version, "3.37")
-            name = _network_filesystem(os.path.dirname(self.path))
-            if name is not None and not self.options.allow_network_fs:
-                raise NetworkFilesystemError(self.path, name)
+            if not self.options.allow_network_fs:
+                name = _network_filesystem(os.path.dirname(self.path))
+                if name is not None:
+                    raise NetworkFilesystemError(self.path, name)
             if os.path.isdir(self.path):
                 raise DatabaseAccessError(self.path, "it is a directory")
             if not os.path.exists(self.path):
@@ -3208,7 +3176,7 @@ class _Database:
         """Set what holds for every connection, each with its reason."""
         for pragma in (
             "PRAGMA trusted_schema = OFF",  # a hostile file's views run no functions
-            "PRAGMA foreign_keys = ON",
+            "PRAGMA foreign_keys = ON",  # an application's tables may refer to ours
             f"PRAGMA journal_size_limit = {_WAL_KEPT_BYTES}",
         ):
             connection.execute(pragma)
@@ -3522,9 +3490,7 @@ class _Database:
                 del group[ran:]
                 break
         if None in [operation.error for operation in group]:
-            wal = self.wal
-            ready = wal and wal.connection is connection and not self.flush_failed
-            if self.flushes and not ready and any(o.must_flush() for o in group):
+            if self.flushes and any(o.must_flush() for o in group):
                 self._open_wal(connection)  # while nothing is lost if that fails
             self.committing = True
             try:
@@ -4252,7 +4218,7 @@ def _throw(ident: int, error: type[BaseException]) -> bool:
         return bool(ctypes.pythonapi.PyThreadState_SetAsyncExc(thread, thrown))
 
 
-def _nothing() -> None:
+def _nothing(*_: object) -> None:
     """Do nothing."""
 
 
@@ -4279,7 +4245,8 @@ def _drive(
 class _DirectGateway:
     """Runs everything in the calling thread. Used by the blocking twins.
 
-    The classes above need a write, a read, a wait and a close, and no more.
+    The classes above need a write, also one that nobody waits for, a read, a wait
+    and a close, and no more.
     """
 
     def __init__(self, database: _Database) -> None:
@@ -4406,9 +4373,6 @@ class _DirectGateway:
             woke = bell.pause(woken.wait, length) if polls else woken.wait(length)
             if woke or length == 0.0:
                 return
-
-    async def open(self) -> None:
-        self.database.read(_no_statement)
 
     async def close(self) -> None:
         self.database.shut(self.database.options.busy_timeout)
@@ -4634,9 +4598,6 @@ class _AsyncGateway:
                     bell.polled = False
                     return
 
-    async def open(self) -> None:
-        await self.read(_no_statement)
-
     async def close(self) -> None:
         """Close on a thread, because it waits for what was asked for before."""
         database = self.database
@@ -4660,10 +4621,6 @@ class _AsyncGateway:
 
 
 _Gateway = _DirectGateway | _AsyncGateway
-
-
-def _no_statement(_connection: sqlite3.Connection) -> None:
-    """Open the database by an operation that does nothing."""
 
 
 _NO_LOOP = (
@@ -4826,22 +4783,14 @@ _STEP_LIMIT = 1_000  # results or events that are deleted in one transaction
 _NOTE_WORKER_INTERVAL = 10.0  # seconds between two notes that a worker was seen
 _FORGET_WORKER_AFTER = 86_400.0  # seconds
 
-_SHARED_OPTIONS = (
-    "synchronous",
-    "busy_timeout",
-    "allow_network_fs",
-    "clock",
-    "readers",
-)
-
-
+_SHARED_OPTIONS = [each.name for each in fields(_Options) if each.name != "path"]
 _PARTS = ("queue", "results", "events")  # of a backend: objects, paths or neither
 
 
 def _arguments_of(scope: dict[str, Any]) -> dict[str, Any]:
     """Return a constructor's keyword arguments, from its `locals()`."""
-    kept = {"self", "path", "__class__"}
-    arguments = {name: value for name, value in scope.items() if name not in kept}
+    others = {"self", "path", "__class__"}
+    arguments = {name: value for name, value in scope.items() if name not in others}
     for name in arguments.keys() & _PARTS:
         if isinstance(arguments[name], (str, os.PathLike)):
             arguments[name] = _absolute(arguments[name])
@@ -4932,7 +4881,7 @@ class _AsyncStorage:
     def __reduce__(self) -> tuple[Any, ...]:
         if self.path == ":memory:":
             raise TypeError(f"{type(self).__name__} on ':memory:' cannot be pickled")
-        return _rebuild, (type(self), self.path, self._arguments)
+        return partial(cast(Any, type(self)), self.path, **self._arguments), ()
 
     async def close(self) -> None:
         """Close what this object opened; what was asked for before is finished.
@@ -4943,7 +4892,7 @@ class _AsyncStorage:
             await self._gateway.close()
 
     async def _open(self) -> None:
-        await self._gateway.open()
+        await self._gateway.read(_nothing)
 
     def _databases(self) -> list[_Database]:
         """Return what a plain `with` opens and closes."""
@@ -4964,17 +4913,13 @@ class _AsyncStorage:
         """Check and create the file where no loop runs."""
         _refuse_loop(self)
         for database in self._databases():
-            _shielded(partial(_drive, _DirectGateway(database).open))
+            _shielded(partial(database.read, _nothing))
         return self
 
     def __exit__(self, *_: object) -> None:
         _refuse_loop(self)
         for database in self._databases() if self._owned else ():
             _shielded(partial(database.shut, database.options.busy_timeout))
-
-
-def _rebuild(cls: Callable[..., T], path: str, arguments: dict[str, Any]) -> T:
-    return cls(path, **arguments)
 
 
 def _refuse_loop(storage: object) -> None:
@@ -5018,11 +4963,10 @@ def _error_text(error: str | BaseException) -> str:
     return _clean_text(error)
 
 
-def _wanted_id(task_id: object) -> str:
+def _wanted_id(task_id: str) -> str:
     """Return an id to look for; one that cannot be stored is simply not there."""
     _check(isinstance(task_id, str), "task_id", "a string", task_id)
-    text = cast(str, task_id)
-    return text if _storable(text) else ""  # no task has that
+    return task_id if _storable(task_id) else ""  # no task has that
 
 
 def _wanted_ids(ids: Iterable[object]) -> str:
@@ -5440,7 +5384,7 @@ class AsyncSQLiteQueue(_AsyncStorage):
 
     async def _log_outside(self, notes: Sequence[dict[str, Any]]) -> None:
         """Log what was committed to an event log elsewhere; never fail for it."""
-        if self._events is None or self._events_inside:
+        if not notes or self._events is None or self._events_inside:
             return
         try:
             await self._events.log_many([_event_of_note(note) for note in notes])
@@ -5468,8 +5412,7 @@ class AsyncSQLiteQueue(_AsyncStorage):
 
         operation = _Operation(run_and_log, flush=flush, savepoint=savepoint)
         result, notes = await self._gateway.write(operation)
-        if notes:
-            await self._log_outside(notes)
+        await self._log_outside(notes)
         return result
 
     # -- In --
@@ -5609,8 +5552,7 @@ class AsyncSQLiteQueue(_AsyncStorage):
     async def _claim(self, claim: _Claim) -> _Claimed:
         claimed = await self._gateway.write(claim, undo=self._give_back)
         try:
-            if claimed.notes:
-                await self._log_outside(claimed.notes)
+            await self._log_outside(claimed.notes)
         except BaseException:
             self._give_back(claimed)
             raise
@@ -5665,12 +5607,7 @@ class AsyncSQLiteQueue(_AsyncStorage):
 
         Raises: `LeaseLostError` when the claim is no longer yours.
         """
-        _check_lease(task)
-        await self._write(lambda change: self._complete(change, task), savepoint=False)
-
-    def _complete(self, change: _Change, task: Task) -> None:
-        if self._complete_all(change, [task]):
-            raise LeaseLostError([task.id])
+        await self.complete_many([_check_lease(task)])
 
     async def complete_many(self, tasks: Iterable[Task]) -> None:
         """End tasks as done in one transaction.
@@ -5733,7 +5670,7 @@ class AsyncSQLiteQueue(_AsyncStorage):
 
         Raises: `LeaseLostError` when the claim is no longer yours.
         """
-        return await self._fail(task, error, retry, delay, _no_change)
+        return await self._fail(task, error, retry, delay, _nothing)
 
     async def _fail(
         self,
@@ -5979,9 +5916,7 @@ class AsyncSQLiteQueue(_AsyncStorage):
         return {"settled": settled, "tasks": deleted}
 
     async def _settle_queue(self, name: str) -> int:
-        def settle(change: _Change) -> int:
-            return _settle_due(change, name)
-
+        settle = partial(_settle_due, queue=name)
         return await _in_steps(_SETTLE_LIMIT, partial(self._write, settle))
 
 
@@ -5989,10 +5924,6 @@ def _delete_old(change: _Change) -> int:
     """Forget workers that were not seen for long, and delete tasks past retention."""
     change.rows(DELETE_OLD_WORKERS, before=change.now - _FORGET_WORKER_AFTER)
     return len(change.rows(DELETE_KEPT, limit=_SETTLE_LIMIT))
-
-
-def _no_change(_: _Change) -> None:
-    """Do nothing more."""
 
 
 def _read_stats(connection: sqlite3.Connection) -> list[QueueStats]:
@@ -6054,7 +5985,7 @@ def _main_file(cursor: sqlite3.Cursor) -> str:
 
 def _is_same_file(file: str, path: str) -> bool:
     try:
-        return file != "" and os.path.samefile(file, path)
+        return os.path.samefile(file, path)
     except OSError:
         return False
 
@@ -6552,7 +6483,7 @@ class _Twin(Generic[A]):
             raise TypeError(f"{type(self).__name__} on ':memory:' cannot be pickled")
         if self._loop is not None:
             raise TypeError(f"{type(self).__name__} of from_async() is of one loop")
-        return _rebuild, (type(self), self.path, self._arguments)
+        return partial(cast(Any, type(self)), self.path, **self._arguments), ()
 
     def close(self) -> None:
         """Close what this object opened; what was asked for before is finished."""
@@ -7240,7 +7171,7 @@ class AsyncSQLiteBackend(_AsyncStorage):
 
     async def _open(self) -> None:
         if self._gateway.database.components:
-            await self._gateway.open()
+            await self._gateway.read(_nothing)
         for storage in self._closable:
             await storage._open()
 

@@ -1239,7 +1239,11 @@ def test_a_class_has_what_its_interface_names(protocol: str, cls: str) -> None:
 
 ERRORS = [
     (StorageClosedError("a.db"), RuntimeError, {"path": "a.db"}),
-    (DatabaseBusyError("a.db", 30.0), TimeoutError, {"path": "a.db", "waited": 30.0}),
+    (
+        DatabaseBusyError("a.db", 30.0, "roll back"),
+        TimeoutError,
+        {"path": "a.db", "waited": 30.0, "detail": "roll back"},
+    ),
     (DatabaseFullError("a.db"), OSError, {"path": "a.db"}),
     (ReadOnlyDatabaseError("a.db"), PermissionError, {"path": "a.db"}),
     (CorruptDatabaseError("a.db", "why"), Exception, {"path": "a.db"}),
@@ -6484,6 +6488,26 @@ class TestNetworkFilesystems:
             queue.enqueue(Task("f"))
 
     def test_a_local_one_is_fine(self, path: str) -> None:
+        assert omniq_sqlite._network_filesystem(path) is None
+
+    def test_where_it_is_allowed_nothing_is_looked_at(
+        self, path: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.delattr(omniq_sqlite, "_network_filesystem")
+        SQLiteQueue(path, allow_network_fs=True).enqueue(Task("f"))
+
+    @pytest.mark.parametrize(
+        "error",
+        [FileNotFoundError(2, "no mount"), subprocess.TimeoutExpired("mount", 1)],
+    )
+    def test_a_mac_whose_mounts_cannot_be_listed(
+        self, path: str, error: Exception, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def run(*_: object, **__: object) -> None:
+            raise error
+
+        monkeypatch.setattr(sys, "platform", "darwin")
+        monkeypatch.setattr(subprocess, "run", run)
         assert omniq_sqlite._network_filesystem(path) is None
 
 
