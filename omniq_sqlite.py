@@ -61,6 +61,7 @@ from __future__ import annotations
 import asyncio
 import atexit
 import base64
+import bisect
 import collections
 import concurrent.futures
 import contextlib
@@ -84,6 +85,7 @@ import signal
 import socket
 import sqlite3
 import stat
+import string
 import subprocess
 import sys
 import threading
@@ -2027,6 +2029,13 @@ FROM main.omniq_result
 WHERE status = 'error' AND coalesce(finished_at, stored_at) >= :since
 ORDER BY rowid DESC
 LIMIT :limit
+"""
+
+SELECT_TRACEBACKS = """
+-- report: where these tasks failed; what else was stored may not be readable here
+SELECT task_id, traceback
+FROM main.omniq_result
+WHERE task_id IN (SELECT value FROM json_each(:ids))
 """
 
 
@@ -7520,7 +7529,6 @@ class AsyncResultStream:
         self._timeout = timeout
         self._deadline = _deadline(timeout)
         self._progress = progress
-        self._total = len(self._waiting)
 
     def __aiter__(self) -> Self:
         return self
@@ -7553,7 +7561,7 @@ class AsyncResultStream:
         if result is not None:
             del self._waiting[task_id]
             if self._progress is not None:
-                self._progress.count(result, self._total)
+                self._progress.count(result, len(self._waiting))
         return result
 
     async def _wait(self) -> None:
@@ -7578,17 +7586,17 @@ class _Progress:
         self._failed = 0
         self._display: Any = None
 
-    def count(self, result: TaskResult, total: int) -> None:
+    def count(self, result: TaskResult, left: int) -> None:
         self._done += 1
         self._failed += result.status is not ResultStatus.SUCCESS
         now = time.monotonic()
-        if now - self._shown < 0.1 and self._done < total:
+        if now - self._shown < 0.1 and left:
             return
         self._shown = now
         rate = self._done / max(now - self._began, 1e-9)
-        text = f"{self._done:,} of {total:,} ended, {self._failed:,} without success"
-        text += f", {rate:,.0f}/s, {(total - self._done) / rate:,.0f} s left"
-        self._show(text, last=self._done == total)
+        text = f"{self._done:,} of {self._done + left:,} ended, {self._failed:,}"
+        text += f" without success, {rate:,.0f}/s, {left / rate:,.0f} s left"
+        self._show(text, last=not left)
 
     def _show(self, text: str, *, last: bool) -> None:
         # IPython is used where it runs, and never imported.
@@ -7605,10 +7613,7 @@ class _Progress:
             print(f"\r{text}\x1b[K", end=end, file=sys.stderr, flush=True)
 
 
-_Shared = TypeVar("_Shared", _AsyncStorage, AsyncSQLiteBackend)
-
-
-def _share(original: _Shared) -> _Shared:
+def _share(original: A) -> A:
     """Return an object over the same connections that does not close them."""
     shared = object.__new__(type(original))
     shared.__dict__.update(original.__dict__)
@@ -7747,9 +7752,7 @@ _BOOLEANS = {"true": True, "1": True, "yes": True}
 _BOOLEANS |= {"false": False, "0": False, "no": False}
 
 _URL_OPTIONS: dict[str, Callable[[str], Any]] = {
-    "queue": lambda text: _BOOLEANS.get(text.lower(), text),
-    "results": lambda text: _BOOLEANS.get(text.lower(), text),
-    "events": lambda text: _BOOLEANS.get(text.lower(), text),
+    **dict.fromkeys(_PARTS, lambda text: _BOOLEANS.get(text.lower(), text)),
     "result_ttl": float,
     "event_retention": float,
     "synchronous": str,
@@ -7786,19 +7789,19 @@ def _read_url(url: str) -> tuple[str, dict[str, Any]]:
 def _backend_from_url(cls: Callable[..., Any], url: str, *, asynchronous: bool) -> Any:
     _check(isinstance(url, str), "url", "a string", url)
     if _scheme_of(url) != "sqlite":
-        return _find_backend(url)(url, asynchronous=asynchronous)
+        return _find_backend(url, asynchronous=asynchronous)
     path, options = _read_url(url)
     return cls(path, **options)
 
 
-def _find_backend(url: str) -> Callable[..., Any]:
+def _find_backend(url: str, *, asynchronous: bool) -> Any:
     from importlib.metadata import entry_points  # 20 ms that few need
 
     points = {point.name: point for point in entry_points(group="omniq.backends")}
-    point = points.get(_scheme_of(url))
+    point: Any = points.get(_scheme_of(url))
     schemes = "a URL of one of the schemes " + ", ".join(["sqlite", *sorted(points)])
     _check(point is not None, "url", schemes, url)
-    return cast(Callable[..., Any], cast(Any, point).load())
+    return point.load()(url, asynchronous=asynchronous)
 
 
 def _backend_from_env(cls: Callable[..., Any], *, asynchronous: bool) -> Any:
@@ -7819,7 +7822,7 @@ def _backend_from_env(cls: Callable[..., Any], *, asynchronous: bool) -> Any:
             _check(not more, f"URL of {part}", "without options", other)
             options[part] = place
         elif other:
-            backend = _find_backend(other)(other, asynchronous=asynchronous)
+            backend = _find_backend(other, asynchronous=asynchronous)
             options[part] = getattr(backend, part)
             wanted = f"the URL of a backend with {part}"
             _check(options[part] is not None, names[part], wanted, other)
@@ -8294,11 +8297,11 @@ class _Run:
     are monotonic times; all but the first say when the heartbeat is to do what.
     """
 
-    def __init__(self, task: Task, heartbeat: _Heartbeat, interval: float) -> None:
+    def __init__(self, task: Task, heartbeat: _Heartbeat) -> None:
         self.task = task
         self.heartbeat = heartbeat
         self.extended_at = time.monotonic()
-        self.extend_at = self.extended_at + interval
+        self.extend_at = self.extended_at + heartbeat.interval
         self.interrupt_at = self.give_up_at = math.inf
         self.job: asyncio.Task[None] | None = None  # not while a thread has it
         self.call: Callable[[], Any] = _nothing  # what a thread is to do
@@ -8734,10 +8737,7 @@ class _Shift:
         self._changed = asyncio.Event()
         self._ended: list[_Run] = []  # their outcomes are to be written
         # Not in the interface: an engine may do without it.
-        self._complete_many: (
-            Callable[[Sequence[tuple[Task, Any]]], Awaitable[None]] | None
-        )
-        self._complete_many = getattr(worker.backend, "complete_many", None)
+        self._complete_many: Any = getattr(worker.backend, "complete_many", None)
         self._claimer: asyncio.Task[None] | None = None
         self._claims = True  # until the claimer is cancelled
         self._job: asyncio.Task[Any] | None = None  # which runs `run`
@@ -8978,7 +8978,7 @@ class _Shift:
         """Start a task that was claimed; nothing is awaited in between."""
         self._left -= 1
         self._free -= 1
-        run = _Run(task, self._heartbeat, self._heartbeat.interval)
+        run = _Run(task, self._heartbeat)
         self._runs.add(run)
         function = self._worker.tasks._functions.get(task.func)
         if function is None:
@@ -9139,7 +9139,6 @@ class _Shift:
 
     async def _settle_many(self, runs: Sequence[_Run]) -> None:
         """Write the values of runs in one commit, or each alone if that fails."""
-        assert self._complete_many is not None
         values = [(run.task, cast(_Outcome, run.outcome).value) for run in runs]
         try:
             await self._complete_many(values)
@@ -9447,7 +9446,7 @@ class _Crew:
         self._proven = self._proven or child.ready
         child.close()
         await self._reclaim(child.name)
-        if self._stopped.is_set() or child.status == 0:
+        if self._stopped.is_set() or child.status in (0, _RENEW_STATUS):
             return
         if not self._proven and child.status != _KILLED:
             raise RuntimeError(
@@ -9911,7 +9910,7 @@ def _align(text: str, colour: str, width: int, right: bool) -> str:
     return space + _paint(cut, colour) if right else _paint(cut, colour) + space
 
 
-_COLOURS = {"bold": 1, "dim": 2, "red": 31, "green": 32, "yellow": 33, "blue": 34}
+_COLOURS = {"bold": 1, "red": 31, "green": 32, "yellow": 33, "blue": 34}
 _COLOUR_OF = {
     "completed": "green", "running": "blue", "dequeued": "blue",
     "retry": "yellow", "released": "yellow", "cancelled": "yellow",
@@ -10058,9 +10057,24 @@ def _media_type(path: str) -> str:
     return kind or "application/octet-stream"
 
 
+def _is_database(status: os.stat_result, database: str) -> bool:
+    """Tell whether a file is a database, or one beside it, under whatever name.
+
+    Written to, it is destroyed. Closing any descriptor of it drops this process's
+    locks on it: https://sqlite.org/howtocorrupt.html, section 2.2.
+    """
+    for suffix in ("", "-wal", "-shm", "-journal"):
+        with contextlib.suppress(OSError):
+            if os.path.samestat(status, os.lstat(database + suffix)):
+                return True
+    return False
+
+
 def _open_regular(name: str, flags: int) -> int:
     # The name may have become a link or a FIFO since it was listed.
-    return os.open(name, flags | os.O_NOFOLLOW | os.O_NONBLOCK)
+    for flag in ("O_NOFOLLOW", "O_NONBLOCK"):  # which Windows has not
+        flags |= getattr(os, flag, 0)
+    return os.open(name, flags)
 
 
 async def _hash_file(name: str) -> tuple[str, int]:
@@ -10105,7 +10119,6 @@ class _Demo:
         self.backend = backend
         self.results = cast(ResultStorage, backend.results)
         self.database = os.path.realpath(database)
-        self.started_at = _now()
         self.unread: list[OSError] = []  # why folders could not be listed
         self.tasks: dict[str, str] = {}  # id by path, of a file's newest version
         self.before: set[str] = set()  # ids of tasks that an earlier run has done
@@ -10142,25 +10155,14 @@ class _Demo:
                 path, version = os.path.join(parent, name), None
                 with contextlib.suppress(OSError):  # its task will say why
                     status = os.lstat(path)
-                    if not stat.S_ISREG(status.st_mode) or self.is_database(status):
+                    ours = _is_database(status, self.database)
+                    if ours or not stat.S_ISREG(status.st_mode):
                         continue
                     version = _version_of(status)
                 task_id = _file_id(path, version)
                 if self.tasks.get(path) != task_id:
                     self.tasks[path] = task_id
                     yield task_id, path
-
-    def is_database(self, status: os.stat_result) -> bool:
-        """Tell whether a file is the database itself, under whatever name.
-
-        Closing any descriptor of it drops this process's locks on it, and what is
-        committed next is lost: https://sqlite.org/howtocorrupt.html, section 2.2.
-        """
-        for suffix in ("", "-wal", "-shm", "-journal"):
-            with contextlib.suppress(OSError):
-                if os.path.samestat(status, os.lstat(self.database + suffix)):
-                    return True
-        return False
 
     def enqueue(self, paths: dict[str, str]) -> int:
         """Enqueue by id what has no digest yet; return how many files that are."""
@@ -10524,13 +10526,13 @@ def _look(
 ) -> _Overview:
     """Look at a file, what happened in it since an instant, and what failed last."""
     found = {n for n in ("results", "events") if getattr(backend, n) is not None}
-    workers = backend.queue.list_workers()
 
     def look(connection: sqlite3.Connection) -> _Overview:
         reader = _Reader(connection, found)
         connection.execute("BEGIN")  # all of it is of one instant
         try:
             queues, history = _read_stats(connection), reader.history(since)
+            workers = _read("worker", _worker_of, reader.rows(SELECT_WORKERS), _JSON)
             overdue = reader.rows(SELECT_OVERDUE, before=time.time())
             return _Overview(
                 _now(),
@@ -10650,12 +10652,11 @@ def _lines_of_stats(
 def _show_frame(backend: SQLiteBackend, options: argparse.Namespace) -> None:
     """Show what goes on now; on a terminal in place of what was shown before."""
     seen = _look(backend, time.time() - 60.0)
-    minute = seen.history.outcomes()
     if options.json:
         _print_stats_json(seen.queues, seen.workers)
-        _print_json({"kind": "minute", "at": seen.at, **minute})
+        _print_json({"kind": "minute", "at": seen.at, **seen.history.outcomes()})
     else:
-        lines = [*_lines_of_frame(seen, minute), ""]
+        lines = [*_lines_of_frame(seen), ""]
         if sys.stdout.isatty():
             # Home, each line up to its end, and what is left below it.
             lines = [line + "\x1b[K" for line in lines[: _terminal_size()[1] - 1]]
@@ -10664,10 +10665,10 @@ def _show_frame(backend: SQLiteBackend, options: argparse.Namespace) -> None:
     sys.stdout.flush()
 
 
-def _lines_of_frame(seen: _Overview, minute: dict[str, int]) -> Iterator[str]:
+def _lines_of_frame(seen: _Overview) -> Iterator[str]:
     text = f"{seen.at.astimezone():%H:%M:%S}  last minute: "
     text += "{completed:,} completed, {retry:,} retried, {failed:,} failed"
-    text = text.format_map(minute) + f"  (by {seen.history.source})"
+    text = text.format_map(seen.history.outcomes()) + f"  (by {seen.history.source})"
     yield _shorten(text, _terminal_size()[0])
     yield ""
     yield from _lines_of_stats(seen.queues, seen.workers)
@@ -10911,7 +10912,7 @@ def _filters(
 ) -> dict[str, Any]:
     """Return the parameters of `SELECT_MATCHING` that options stand for."""
     if options.status is not None:
-        statuses = {options.status}.intersection(statuses)
+        statuses = [options.status]
     return {
         "ids": _to_json(list(map(_clean_text, ids))) if ids else None,
         "queue": options.queue,
@@ -10945,7 +10946,7 @@ def _change_tasks(
         changed = list(_change_matching(backend, chosen, verb))
         refused = set(options.ids).difference(row[1] for row in changed)
         for task_id in sorted(refused):
-            why = _why_refused(backend.queue.get_task(task_id), statuses)
+            why = _why_refused(backend.queue, task_id, statuses)
             _note(f"{refusal}: {task_id!r}: {why}")
     if options.dry_run:
         _print_table(["id", "status", "queue", "func"], [r[1:] for r in changed[:100]])
@@ -10999,8 +11000,14 @@ def _change_matching(
         chosen["after"] = rows[-1][0]
 
 
-def _why_refused(task: Task | None, statuses: Sequence[TaskStatus]) -> str:
+def _why_refused(
+    queue: SQLiteQueue, task_id: str, statuses: Sequence[TaskStatus]
+) -> str:
     """Return why a task that was named was not changed."""
+    try:
+        task = queue.get_task(task_id)
+    except SerializationError as error:
+        return str(error)
     if task is None:
         return "there is no such task"
     if task.status not in statuses:
@@ -11435,8 +11442,6 @@ _EDGES += [60, 120, 300, 900, 3_600, 14_400, 86_400]  # seconds
 
 def _chart_times(key: str, seconds: list[float]) -> _Html:
     """Draw how many times lie between any two edges of a scale."""
-    import bisect
-
     if not seconds:
         return _element("p", "none known", class_="quiet")
     counts = collections.Counter(bisect.bisect_left(_EDGES, s) for s in seconds)
@@ -11477,7 +11482,7 @@ def _render_now(seen: _Overview) -> _Html:
     tiles = []
     for name, value in facts.items():
         bad = value and name in ("failed", "overdue")
-        number = _element("dd", value, class_="bad" if bad else "good")
+        number = _element("dd", value, class_="bad" if bad else "")
         tiles.append(_element("div", _element("dt", name), number))
     return _section("now", "Now", _element("dl", *tiles))
 
@@ -11561,9 +11566,11 @@ def _render_failures(seen: _Overview, backend: SQLiteBackend) -> _Html:
     for failure in seen.failures:
         groups[_kind_of(failure.error)].append(failure)
     frequent = sorted(groups.values(), key=len, reverse=True)[:50]
-    ids = [group[0].task_id for group in frequent]
-    results = backend.results.get_many(ids) if backend.results else {}
-    parts = [_render_group(group, results.get(group[0].task_id)) for group in frequent]
+    ids = _to_json([group[0].task_id for group in frequent])
+    stored = backend.results and backend.results._async
+    rows = backend._run(stored._rows, SELECT_TRACEBACKS, ids=ids) if stored else []
+    traces = dict(rows)
+    parts = [_render_group(group, traces.get(group[0].task_id)) for group in frequent]
     if not parts:
         parts = [_element("p", "none", class_="quiet")]
     return _section("failures", "Failures by error", *parts)
@@ -11577,7 +11584,7 @@ def _kind_of(error: str) -> str:
     return _VARYING.sub("…", error.partition("\n")[0][:400])
 
 
-def _render_group(group: list[_Failure], result: TaskResult | None) -> _Html:
+def _render_group(group: list[_Failure], trace: str | None) -> _Html:
     """Return failures of one kind, the last of which stands for all."""
     last = group[0]
     funcs = ", ".join(sorted({f.func or "?" for f in group}))
@@ -11585,7 +11592,7 @@ def _render_group(group: list[_Failure], result: TaskResult | None) -> _Html:
     summary = _element("summary", count, _shorten(last.error, 300))
     about = f"In {funcs}; last at {_show_cell(last.at)[:19]}, task "
     parts = [_element("p", about, _element("code", last.task_id), class_="quiet")]
-    lines = ((result and result.traceback) or "").splitlines()
+    lines = (trace or "").splitlines()
     key = f"failure {_kind_of(last.error)}"
     if lines:
         text = _Html("\n".join(map(_escape, lines)))
@@ -11604,9 +11611,9 @@ def _render_health(backend: SQLiteBackend, findings: Sequence[Finding]) -> _Html
     state = _html_table("Findings", ["severity", "check", "finding"], rows)
     if not rows:
         state = _element("p", "check() found nothing wrong.")
-    wal = Path(_wal_of(backend.path))
+    wal = backend._async._gateway.database.wal_bytes()
     note = f"File {os.path.getsize(backend.path):,} bytes,"
-    note += f" WAL {wal.stat().st_size if wal.exists() else 0:,} bytes;"
+    note += f" WAL {wal:,} bytes;"
     note += f" SQLite {sqlite3.sqlite_version}, omniq_sqlite {__version__}."
     about = _element("p", note, class_="quiet")
     return _section("health", "Health of the file", state, about)
@@ -11628,8 +11635,6 @@ def _render_page(
     Without an instant it shows the time in which something happened. With a
     navigation it is the live page, which refreshes itself.
     """
-    import string
-
     begun = since.timestamp() if since else 0.0
     seen = _look(backend, begun, begun, _PAST_LIMIT)
     spans = _Spans(*_period(seen, since))
@@ -11643,15 +11648,14 @@ def _render_page(
         _render_workers(seen),
         _render_health(backend, findings),
     ]
-    script = _element("script", _Html(_SCRIPT)) if navigation else _Html("")
     page = string.Template(_PAGE).substitute(
         title=_escape(os.path.basename(backend.path)),
         header=_join([_render_header(seen, backend, spans), navigation or ""]),
         main=_join(sections),
-        script=script,
+        script=_element("script", _Html(_SCRIPT)) if navigation else "",
         script_hash=_hash_of_script() if navigation else "'none'",
     )
-    return page.encode("utf-8", "backslashreplace")
+    return page.encode()
 
 
 def _render_navigation(since: str) -> _Html:
@@ -11719,13 +11723,11 @@ def _run_report(options: argparse.Namespace) -> int:
 
 def _write_private(path: str, content: bytes, database: str) -> None:
     """Write a file for its owner only, but never over the database."""
-    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
     try:
-        for suffix in ("", "-wal", "-shm"):
-            with contextlib.suppress(FileNotFoundError):
-                if os.path.samefile(path, database + suffix):
-                    raise _CommandError(f"{path!r} is the database")
-        with open(path, "wb", opener=lambda p, _: os.open(p, flags, 0o600)) as file:
+        with contextlib.suppress(FileNotFoundError):
+            if _is_database(os.stat(path), os.path.realpath(database)):
+                raise _CommandError(f"{path!r} is the database")
+        with open(path, "wb", opener=partial(os.open, mode=0o600)) as file:
             if hasattr(os, "fchmod") and os.path.isfile(path):
                 os.fchmod(file.fileno(), 0o600)  # it may have been there
             file.write(content)
@@ -11791,7 +11793,7 @@ def _run_serve(options: argparse.Namespace) -> int:
         reason = f"cannot serve on {host}:{options.port}: {_reason_of(error)}"
         raise _CommandError(f"{reason}; see --host and --port") from error
     with server:
-        print(f"http://{host}:{server.server_port}/", flush=True)
+        print(f"http://{host}:{server.server_address[1]}/", flush=True)
         try:
             server.serve_forever()
         finally:
@@ -11830,10 +11832,8 @@ def _make_server(host: str, port: int, page: _LivePage) -> Any:
         def handle_error(self, request: object, client_address: object) -> None:
             """Say nothing of browsers that left early."""
 
-        def server_bind(self) -> None:
-            # Without HTTPServer's look-up of our name, which may take seconds.
-            socketserver.TCPServer.server_bind(self)
-            self.server_name, self.server_port = host, self.socket.getsockname()[1]
+        # Without HTTPServer's look-up of our name, which may take seconds.
+        server_bind = socketserver.TCPServer.server_bind
 
     return Server((host, port), _make_handler(host, page))
 
@@ -11870,7 +11870,7 @@ def _make_handler(host: str, page: _LivePage) -> Any:
             try:
                 body = page.render(since)
             except Exception as error:  # noqa: BLE001 -- a file may hold anything
-                self.answer(503, _printable(str(error)).encode(errors="replace"))
+                self.answer(503, _printable(str(error)).encode())
             else:
                 self.answer(200, body, "text/html")
 

@@ -5824,7 +5824,8 @@ class TestThrownExceptions:
         noted: list[int | None] = []
         anything: Any = None
         threads = omniq_sqlite._Threads("w", anything, anything)
-        run = omniq_sqlite._Run(Task("f"), anything, 0.0)
+        heartbeat: Any = types.SimpleNamespace(interval=0.0)
+        run = omniq_sqlite._Run(Task("f"), heartbeat)
 
         class Lock:
             """Given to a function that ends just then."""
@@ -11748,6 +11749,20 @@ class TestWaitAll:
         assert last.startswith("2 of 2 ended, 1 without success, ")
         assert last.endswith("\n")
 
+    async def test_the_line_ends_where_an_id_is_unknown(
+        self, backend: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        task_id = await call(backend.enqueue, Task("f"))
+        await call(backend.complete, await claim(backend.queue))
+        monkeypatch.setattr(sys, "stderr", terminal := FakeTerminal())
+        stream = backend.wait_all(["unknown", task_id])
+        with pytest.raises(TaskNotFoundError):
+            await gather_results(stream)
+        assert len(await gather_results(stream)) == 1
+        last = terminal.getvalue().split("\r")[-1]
+        assert last.startswith("1 of 1 ended, 0 without success, ")
+        assert last.endswith("\n")
+
     async def test_elsewhere_nothing_is_printed(
         self, backend: Any, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -12033,7 +12048,7 @@ class TestReviewedBackends:
         def make(url: str, *, asynchronous: bool) -> SQLiteBackend:
             return SQLiteBackend(":memory:", results=False)
 
-        monkeypatch.setattr(omniq_sqlite, "_find_backend", lambda _: make)
+        monkeypatch.setattr(omniq_sqlite, "_find_backend", make)
         monkeypatch.setenv("OMNIQ_TASK_QUEUE_URL", "mem://")
         monkeypatch.setenv("OMNIQ_RESULT_STORAGE_URL", "sqlite:///results.db")
         with pytest.raises(ValueError, match="OMNIQ_RESULT_STORAGE_URL"):
@@ -14638,12 +14653,12 @@ class TestTimeout:
         assert {r.error_type for r in ended} <= {None, "TaskTimeout"}
 
     def make_run(self, call: Callable[[], object]) -> Any:
-        heartbeat = cast(Any, None)
+        heartbeat: Any = types.SimpleNamespace(interval=1.0)
 
         class Run(omniq_sqlite._Run):
             """Of a type of its own, to be changed by a test."""
 
-        run = Run(Task("f", timeout=1.0), heartbeat, 1.0)
+        run = Run(Task("f", timeout=1.0), heartbeat)
         run.call = call
         return run
 
@@ -15352,6 +15367,9 @@ class TestWorkerProcesses:
         self, crew: Crew
     ) -> None:
         program = crew("""
+            import logging
+
+            logging.basicConfig()
             ids = backend.enqueue_many([who.task() for _ in range(6)])
             print(worker.run(until_empty=True, processes=2, max_tasks=2))
             found = [r.value for r in backend.results.get_many(ids).values()]
@@ -15360,6 +15378,7 @@ class TestWorkerProcesses:
             """)
         program.expect("0", "True", "True")
         assert program.end() == 0
+        assert program.errors == ""  # as planned
 
     def test_a_child_whose_exit_waits_for_a_thread_ends_all_the_same(
         self, crew: Crew
@@ -17155,6 +17174,17 @@ class TestChanging:
         assert cli("purge", jobs, "--status", "scheduled")[0] == 0
         assert set(status_by_id(jobs)) == {"waiting"}
 
+    def test_one_that_cannot_be_read_is_refused_beside_what_was_done(
+        self, jobs: str, cli: Cli
+    ) -> None:
+        with raw(jobs) as connection:
+            connection.execute("UPDATE omniq_task SET args = '{' WHERE id = 'failed'")
+        status, out, err = cli("cancel", jobs, "failed", "waiting")
+        assert (status, out) == (1, "cancelled: 1 task (1 pending before)\n")
+        assert "not cancelled: 'failed': cannot serialize" in err
+        query = "SELECT status FROM omniq_task WHERE id = 'waiting'"
+        assert select(jobs, query) == ["cancelled"]
+
     @pytest.mark.parametrize("command", ["cancel", "retry", "purge"])
     def test_filters_all_have_to_hold(self, jobs: str, cli: Cli, command: str) -> None:
         before = status_by_id(jobs)
@@ -17471,6 +17501,13 @@ class TestReport:
         assert "ValueError: no luck with '55'" in text
         assert re.search(r"In f\d(, f\d)*; last at 20", text)
 
+    def test_it_needs_no_serializer_of_the_program(self, db: Path, cli: Cli) -> None:
+        make_history(db, events=True)
+        with raw(db) as connection:
+            connection.execute("UPDATE omniq_result SET metadata = '{', value = '{'")
+        text = report_on(db, cli).sections["failures"]
+        assert "Traceback (most recent call last)" in text
+
     def test_without_events_it_says_what_is_missing(self, db: Path, cli: Cli) -> None:
         make_history(db, events=False)
         text = cli("report", db, "-o", "-")[1]
@@ -17552,11 +17589,16 @@ class TestReport:
     def test_it_is_never_written_over_the_database(
         self, jobs: str, tmp_path: Path, cli: Cli
     ) -> None:
-        (tmp_path / "link").symlink_to(jobs)
+        link = tmp_path / "link"
+        link.symlink_to(jobs)
         before = status_by_id(jobs)
-        for target in (jobs, tmp_path / "link"):
-            status, _, errors = cli("report", jobs, "-o", target)
-            assert (status, is_one_line(errors)) == (2, True)
+        with SQLiteQueue(jobs) as queue:
+            queue.pause("other")  # so there is a WAL
+            for file, target in itertools.product(
+                (jobs, link), (jobs, link, jobs + "-wal")
+            ):
+                status, _, errors = cli("report", file, "-o", target)
+                assert (status, is_one_line(errors)) == (2, True)
         assert status_by_id(jobs) == before
 
     def test_events_count_in_the_order_of_their_commits(
