@@ -1425,19 +1425,21 @@ WHERE queue = :queue AND unique_key = :unique_key
 """
 
 LOOK = """
--- look: is a task of this queue ready, is it paused, when is one due next?
+-- look: is a task of each queue ready, is it paused, when is one due next?
 SELECT
+    value,
     EXISTS (
-        SELECT 1 FROM main.omniq_task WHERE queue = :queue AND status = 'pending'
+        SELECT 1 FROM main.omniq_task WHERE queue = value AND status = 'pending'
     ),
-    EXISTS (SELECT 1 FROM main.omniq_pause WHERE queue = :queue),
+    EXISTS (SELECT 1 FROM main.omniq_pause WHERE queue = value),
     (
         SELECT due_at
         FROM main.omniq_task
-        WHERE queue = :queue AND due_at IS NOT NULL
+        WHERE queue = value AND due_at IS NOT NULL
         ORDER BY due_at
         LIMIT 1
     )
+FROM json_each(:queues)
 """
 
 SELECT_DUE = """
@@ -1630,10 +1632,11 @@ WHERE id = :id AND status IN ('failed', 'cancelled', 'expired')
 """
 
 SELECT_ALL_RETRYABLE = """
--- retry all: the tasks that can run again
+-- retry all: the tasks that can run again unless their key is held
 SELECT id
 FROM main.omniq_task
 WHERE status IN ('failed', 'cancelled', 'expired')
+    AND unique_key IS NOT NULL
     AND (:queue IS NULL OR queue = :queue)
     AND (:func IS NULL OR func = :func)
 ORDER BY seq
@@ -1649,6 +1652,22 @@ SET status = 'pending',
     progress = NULL,
     expires_at = CASE WHEN expires_at > :now THEN expires_at END
 WHERE id = :id AND status IN ('failed', 'cancelled', 'expired')
+"""
+
+RETRY_ALL = """
+-- retry all: those without a key run again
+UPDATE main.omniq_task
+SET status = 'pending',
+    attempt = 0,
+    run_at = NULL,
+    finished_at = NULL,
+    progress = NULL,
+    expires_at = CASE WHEN expires_at > :now THEN expires_at END
+WHERE status IN ('failed', 'cancelled', 'expired')
+    AND unique_key IS NULL
+    AND (:queue IS NULL OR queue = :queue)
+    AND (:func IS NULL OR func = :func)
+RETURNING id, queue
 """
 
 SELECT_TASK = """
@@ -1756,12 +1775,14 @@ DELETE FROM main.omniq_worker WHERE seen_at < :before
 
 SELECT_WORKERS = """
 -- workers, and how many tasks each one holds
-SELECT name, host, pid, queues, started_at, seen_at, (
-    SELECT count(*)
-    FROM main.omniq_task
-    WHERE due_at IS NOT NULL AND status = 'running' AND worker = name
-)
+SELECT name, host, pid, queues, started_at, seen_at, coalesce(running, 0)
 FROM main.omniq_worker
+LEFT JOIN (
+    SELECT worker, count(*) AS running
+    FROM main.omniq_task
+    WHERE due_at IS NOT NULL AND status = 'running'
+    GROUP BY worker
+) ON worker = name
 ORDER BY name
 """
 
@@ -2487,6 +2508,8 @@ _HELD_WAL_PACE = 2 * 2**20  # bytes a second by which all together let it grow t
 _HELD_WAL_PAUSE = 0.25  # seconds after one transaction at most
 _INTERRUPT_INTERVAL = 0.05  # seconds between two looks for a recorded SIGINT
 _FORK_PATIENCE = 1.0  # seconds for which a fork inside a blocking call waits for others
+_LEAST_REST = 0.001  # seconds between two looks of a waiter, for each other one
+_LONGEST_REST = 1.0  # seconds
 _LOST_WAKE = 2.0  # seconds until a thread looks whether an exception hit its waker
 _FIRST_LOOK = 0.0005  # seconds after a write to the WAL; the next at double distances
 _LAST_LOOK = 0.05  # seconds between two looks when nobody writes, in case one is missed
@@ -2761,6 +2784,8 @@ class _Pool:
         self.writable = writable
         self.idle: list[sqlite3.Connection] = []
         self.used: dict[int, sqlite3.Connection | None] = {}  # by thread
+        self.turn: threading.Condition  # of one that waits
+        self.waiting = 0
 
     def __enter__(self) -> sqlite3.Connection:
         database, ident = self.database, threading.get_ident()
@@ -2768,11 +2793,8 @@ class _Pool:
             with database.gate:
                 if ident in self.used:
                     self.__exit__()  # an exception of a signal had hit this
-                while len(self.used) >= self.size or (
-                    database.resting
-                    and not any(ident in p.used for p in database.pools)
-                ):
-                    database.freed.wait()
+                if len(self.used) >= self.size or self.waiting or database.resting:
+                    self._wait_for_turn(ident)
                 if database.ended:
                     database.check_open()
                 self.used[ident] = self.idle.pop() if self.idle else None
@@ -2793,7 +2815,27 @@ class _Pool:
                 self.idle.append(connection)
             if database.ended:
                 self.close()
+            self.turn.notify(self.waiting if database.resting else 1)
             database.freed.notify_all()
+
+    def _wait_for_turn(self, ident: int) -> None:
+        """Wait for a connection, behind those who wait already.
+
+        Else who gives one back takes it again: of 16 threads that read without a
+        pause, one made a single call in 4 s, and another 29,000.
+        """
+        pools, first = self.database.pools, True
+        nested = any(ident in pool.used for pool in pools)  # others may wait for it
+        while len(self.used) >= self.size or (
+            not nested
+            and (self.database.resting or (first and self.waiting and self.used))
+        ):
+            first = False
+            self.waiting += 1
+            try:
+                self.turn.wait()
+            finally:
+                self.waiting -= 1
 
     def discard(self) -> None:
         """Close the connection that this thread uses; the next one is new."""
@@ -2813,6 +2855,7 @@ class _Pool:
         ident = threading.get_ident()
         mine = self.used.get(ident)
         self.used = {}
+        self.turn, self.waiting = threading.Condition(self.database.gate), 0
         if mine is not None and self.database.memory:
             self.used[ident] = mine  # a copy of the parent's
         elif mine is not None:
@@ -3686,6 +3729,7 @@ class _Database:
         if not often and self.commits_since_checkpoint % _QUICK_COMMITS:
             return
         size = self.wal_bytes()
+        self.wal_size = min(self.wal_size, size)  # a reset may have cut it
         if self.guarded and (due or size - self.wal_size > _CHECKPOINT_BYTES):
             self._checkpoint()
         seen, self.wal_seen = self.wal_seen, size
@@ -3754,7 +3798,8 @@ class _Database:
                 self.freed.wait(None if patience == math.inf else patience)
         finally:
             self.resting = False
-            self.freed.notify_all()
+            for pool in self.pools:
+                pool.turn.notify_all()
         if self.memory:
             return True
         self.close_unused()
@@ -4254,8 +4299,8 @@ def _drive(
 class _DirectGateway:
     """Runs everything in the calling thread. Used by the blocking twins.
 
-    The classes above need a write, also one that nobody waits for, a read, a wait
-    and a close, and no more.
+    The classes above need a write, also one that nobody waits for, a read, a wait, a
+    sleep and a close, and no more.
     """
 
     def __init__(self, database: _Database) -> None:
@@ -4382,6 +4427,12 @@ class _DirectGateway:
             woke = bell.pause(woken.wait, length) if polls else woken.wait(length)
             if woke or length == 0.0:
                 return
+
+    async def sleep(self, seconds: float) -> None:
+        limit = time.monotonic() + seconds
+        while (left := limit - time.monotonic()) > 0:
+            _check_interrupts()
+            time.sleep(min(left, _INTERRUPT_INTERVAL))  # noqa: ASYNC251 -- no loop here
 
     async def close(self) -> None:
         self.database.shut(self.database.options.busy_timeout)
@@ -4606,6 +4657,9 @@ class _AsyncGateway:
                 if not bell.waiters:
                     bell.polled = False
                     return
+
+    async def sleep(self, seconds: float) -> None:
+        await asyncio.sleep(seconds)
 
     async def close(self) -> None:
         """Close on a thread, because it waits for what was asked for before."""
@@ -5230,9 +5284,11 @@ class _Claim(_Operation[_Claimed]):
         now = self.queue._clock()
         plan: list[tuple[str, bool]] = []
         later: list[float] = []
+        queues = {"queues": _to_json(self.names)}
+        rows = connection.execute(LOOK, queues).fetchall()
+        found = {name: state for name, *state in rows}
         for name in self.names:
-            [row] = connection.execute(LOOK, {"queue": name}).fetchall()
-            ready, paused, due_at = row
+            ready, paused, due_at = found[name]
             due = due_at is not None and due_at <= now
             if not paused and (ready or due):
                 plan.append((name, due))
@@ -5812,7 +5868,10 @@ class AsyncSQLiteQueue(_AsyncStorage):
         _check_optional(**filters)
 
         def run(change: _Change) -> int:
-            count = 0
+            rows = change.rows(RETRY_ALL, **filters)
+            for task_id, name in rows:
+                change.note(EventType.RETRY, task_id, name)
+            count = len(rows)
             for (task_id,) in change.rows(SELECT_ALL_RETRYABLE, **filters):
                 with contextlib.suppress(DuplicateTaskError):
                     count += _retry(change, task_id)
@@ -6152,10 +6211,13 @@ class AsyncSQLiteResultStorage(_AsyncStorage):
         """
         _check_optional(timeout=timeout)
         deadline = _deadline(timeout)
+        pace = _Pace(self._gateway, deadline)
         while True:
+            await pace.rest()
             seen = self._gateway.database.bell.generation
             if (result := await self.get(task_id)) is not None:
                 return result
+            pace.looked()
             left = _time_left(deadline, task_id, timeout)
             await self._gateway.wait(seen, left)
 
@@ -6193,6 +6255,31 @@ class AsyncSQLiteResultStorage(_AsyncStorage):
             return await self._delete_in_steps(PURGE_EXPIRED_RESULTS, now=now)
         times = {"now": now, "before": now - older_than}
         return await self._delete(PURGE_OLD_RESULTS, **times)
+
+
+class _Pace:
+    """Lets a waiter look for no more than a fifth of its time.
+
+    Every commit of anybody wakes everybody. So where many wait, or one for many, they
+    look less often: 200 threads that waited for results slowed others down to a tenth.
+    """
+
+    def __init__(self, gateway: _Gateway, deadline: float) -> None:
+        self._gateway = gateway
+        self._deadline = deadline
+        self._rest_until = -math.inf
+
+    async def rest(self) -> None:
+        """Wait before a look, but not past the deadline."""
+        pause = min(self._rest_until, self._deadline) - time.monotonic()
+        if pause > _LEAST_REST:
+            await self._gateway.sleep(pause)
+        self._began = time.monotonic()
+
+    def looked(self) -> None:
+        now, others = time.monotonic(), len(self._gateway.database.bell.waiters)
+        rest = max(4 * (now - self._began), others * _LEAST_REST)
+        self._rest_until = now + min(rest, _LONGEST_REST)
 
 
 def _time_left(deadline: float, task_id: str, timeout: float | None) -> float:
@@ -6995,11 +7082,6 @@ def _store(change: _Change, rows: Sequence[dict[str, Any]]) -> None:
         change.cursor.executemany(UPSERT_RESULT, rows)
 
 
-def _sleep_here(seconds: float) -> None:
-    _check_interrupts()
-    time.sleep(seconds)
-
-
 def _is_here(where: Any, path: str | os.PathLike[str]) -> bool:
     """Tell whether a part, also an event storage given, is on a backend's own file."""
     if isinstance(where, (str, os.PathLike)):
@@ -7424,10 +7506,7 @@ class AsyncSQLiteBackend(_AsyncStorage):
             pause = 0.01  # an old result may be there, which is no reason to spin
             with contextlib.suppress(TimeoutError):
                 await self._results.wait(next(iter(live)), timeout=min(left, 0.1))
-        if isinstance(self._gateway, _DirectGateway):
-            _sleep_here(min(left, pause))
-        else:
-            await asyncio.sleep(min(left, pause))
+        await self._gateway.sleep(min(left, pause))
 
     # -- Upkeep --
 
@@ -7528,6 +7607,8 @@ class AsyncResultStream:
         self._ended: collections.deque[str] = collections.deque()  # or so it seemed
         self._timeout = timeout
         self._deadline = _deadline(timeout)
+        self._over = False  # a look after the deadline has still found something
+        self._pace = _Pace(backend._gateway, self._deadline)
         self._progress = progress
 
     def __aiter__(self) -> Self:
@@ -7568,11 +7649,19 @@ class AsyncResultStream:
         """Find out what has ended; wait for a commit or a due time if nothing has."""
         backend = self._backend
         database = backend._main_gateway().database
+        if self._over:  # and another one might, for ever
+            self._over = False
+            _time_left(self._deadline, next(iter(self._waiting)), self._timeout)
+        await self._pace.rest()
+        late = time.monotonic() >= self._deadline
         seen = database.bell.generation
         live = await backend._live(self._waiting)
+        self._pace.looked()
         now = database.options.clock()  # as what settles them
         self._ended.extend(i for i in self._waiting if live.get(i, 0.0) <= now)
-        if not self._ended:
+        if self._ended:
+            self._over = late
+        else:
             left = _time_left(self._deadline, next(iter(live)), self._timeout)
             await backend._wait_for(live, seen, left)
 
@@ -8035,6 +8124,7 @@ STUCK_STATUS = 75
 
 _RENEW_STATUS = 76  # of a child process that has run its `max_tasks`
 _CLEANUP_INTERVAL = 60.0  # seconds
+_CLEANUP_PATIENCE = 0.25  # seconds for the first one, before the first claim
 _PROGRESS_INTERVAL = 1.0  # seconds
 _QUICK_CALL = 0.001  # seconds in which one thread goes on to the next function
 _GATHER = 0.000_25  # seconds that a claim waits for quick functions, to fill all slots
@@ -8739,6 +8829,7 @@ class _Shift:
         # Not in the interface: an engine may do without it.
         self._complete_many: Any = getattr(worker.backend, "complete_many", None)
         self._claimer: asyncio.Task[None] | None = None
+        self._cleaned = False  # or could not be
         self._claims = True  # until the claimer is cancelled
         self._job: asyncio.Task[Any] | None = None  # which runs `run`
         self._stopped_at = math.inf
@@ -8766,17 +8857,18 @@ class _Shift:
         self._claimer = asyncio.create_task(self._claim())
         if self._stopped_at < math.inf:
             self._claimer.cancel()
-        cleaner = asyncio.create_task(self._clean_now_and_then())
+        jobs = [self._claimer, asyncio.create_task(self._clean_now_and_then())]
         try:
-            await asyncio.wait({self._claimer})
+            await asyncio.wait(jobs, return_when=asyncio.FIRST_COMPLETED)
         finally:
-            cleaner.cancel()
-            self._claimer.cancel()
-            await asyncio.wait({self._claimer, cleaner})
+            for job in jobs:
+                job.cancel()
+            await asyncio.wait(jobs)
             await self._drain()
             await self._sign_off()
-        if not self._claimer.cancelled():
-            self._claimer.result()
+        for job in jobs:
+            if not job.cancelled():
+                job.result()
         if self._failure is not None:
             raise self._failure
 
@@ -8864,9 +8956,7 @@ class _Shift:
 
     async def _claim(self) -> None:
         """Claim what there are free slots for, until stopped."""
-        # Fail at once on a file that cannot be used; be patient otherwise.
-        with contextlib.suppress(DatabaseBusyError, DatabaseFullError):
-            await self._worker.backend.cleanup()
+        await self._until(lambda: self._cleaned, _CLEANUP_PATIENCE)
         self._on_ready()
         report = partial(self._log, logging.WARNING, "cannot claim: %s")
         while self._left and self._claims:
@@ -8930,9 +9020,11 @@ class _Shift:
             free = self._free
             await self._until(lambda: not self._runs or self._free > free, 0.05)
             return []
+        began = time.monotonic()
         if await self._is_empty():
             return None
-        return await self._dequeue_within(0.5)
+        took = time.monotonic() - began  # it counts all there is
+        return await self._dequeue_within(max(0.5, 4 * took))
 
     async def _dequeue_within(self, timeout: float | None) -> list[Task]:
         worker = self._worker
@@ -8947,23 +9039,18 @@ class _Shift:
 
     async def _is_empty(self) -> bool:
         """Return whether no task waits in our queues, but for paused ones."""
-        tasks = self._worker.backend.queue
-        waiting = set()
-        for name in self._worker.queues:
-            for status in (TaskStatus.SCHEDULED, TaskStatus.PENDING):
-                try:
-                    found: object = await tasks.list_tasks(
-                        queue=name, status=status, limit=1
-                    )
-                except (SerializationError, CorruptDatabaseError):
-                    found = True  # though it cannot be read
-                if found:
-                    waiting.add(name)
-        if waiting:
-            waiting -= {stats.queue for stats in await tasks.stats() if stats.paused}
-        return not waiting
+        return not any(
+            stats.scheduled or stats.pending
+            for stats in await self._worker.backend.queue.stats()
+            if stats.queue in self._worker.queues and not stats.paused
+        )
 
     async def _clean_now_and_then(self) -> None:
+        # Fail at once on a file that cannot be used; be patient otherwise.
+        with contextlib.suppress(DatabaseBusyError, DatabaseFullError):
+            await self._worker.backend.cleanup()
+        self._cleaned = True
+        self._changed.set()
         while True:
             # Jitter, so that a fleet of workers does not clean up in step.
             await asyncio.sleep(_CLEANUP_INTERVAL * random.uniform(0.75, 1.25))

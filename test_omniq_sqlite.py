@@ -822,19 +822,14 @@ class MemoryQueue:
                 self.put(self.rows[task_id], status=TaskStatus.CANCELLED)
             return task_id in self.rows
 
-    def list_tasks(
-        self,
-        *,
-        queue: str | None = None,
-        status: str | None = None,
-        limit: int = 100,
-    ) -> list[Task]:
-        with self.lock:
-            rows = list(self.rows.values())
-        return [t for t in rows if t.queue == queue and t.status == status][:limit]
-
     def stats(self) -> list[QueueStats]:
-        return [QueueStats(name, paused=True) for name in self.paused]
+        waits = (TaskStatus.PENDING, TaskStatus.SCHEDULED)
+        with self.lock:
+            waiting = Counter(t.queue for t in self.rows.values() if t.status in waits)
+        return [
+            QueueStats(name, pending=waiting[name], paused=name in self.paused)
+            for name in waiting.keys() | self.paused
+        ]
 
 
 class MemoryBackend:
@@ -1471,7 +1466,20 @@ class TestCosts:
             spied.clear()
             assert queue.dequeue() is None
             assert queue.dequeue(["default", "other"]) is None
-            assert spied == ["look", "look", "look"]
+            assert spied == ["look", "look"]
+
+    def test_to_retry_all_costs_a_statement_for_those_with_a_key_only(
+        self, path: str, spied: list[str]
+    ) -> None:
+        keys = [None, None, None, "a", "b"]
+        with SQLiteQueue(path) as queue:
+            queue.enqueue_many([Task("f", unique_key=key) for key in keys])
+            queue.cancel_all()
+            queue.enqueue(Task("f", unique_key="a"))
+            spied.clear()
+            assert queue.retry_all() == 4
+            assert spied.count("retry all") == 2
+            assert spied.count("retry") == 3
 
     async def test_an_async_call_costs_the_same_statements(
         self, path: str, spied: list[str]
@@ -2390,6 +2398,49 @@ class TestThreads:
         await call(queue.enqueue, Task("f"))
         assert (await waiting).func == "f"
         assert time.monotonic() - begun < SOON
+
+    def test_those_that_wait_for_a_connection_get_one_in_turn(self, path: str) -> None:
+        threads = Threads()
+        ended: list[int] = []
+        calls = [0] * 8
+
+        def read(queue: SQLiteQueue, number: int) -> None:
+            while not ended:
+                queue.get_task("x")
+                calls[number] += 1
+                if calls[number] == 300:
+                    ended.append(number)
+
+        with SQLiteQueue(path, readers=2) as queue:
+            for number in range(len(calls)):
+                threads.start(read, queue, number)
+            threads.join()
+        assert min(calls) >= 30
+
+    def test_a_rest_does_not_hold_up_who_has_a_connection(self, path: str) -> None:
+        threads = Threads()
+        rested: list[bool] = []
+
+        def rest(database: Any) -> None:
+            with database.gate:
+                rested.append(database.rest(DEADLINE))
+
+        def read(database: Any) -> None:
+            with database.readers:
+                pass
+
+        with SQLiteQueue(path, readers=1) as queue:
+            queue.count_tasks()
+            database = database_of(queue)
+            with database.writer:
+                threads.start(rest, database)
+                until(lambda: database.resting)
+                threads.start(read, database)
+                until(lambda: database.readers.waiting)
+                with database.readers:
+                    assert not rested
+            threads.join()
+        assert rested == [True]
 
     @pytest.mark.parametrize("name", ["jobs.db", ":memory:"])
     def test_an_async_object_lives_through_several_loops(
@@ -6101,6 +6152,19 @@ class TestCancellation:
 
 class TestCheckpoints:
     """On an affected library only under the guard, and bounded."""
+
+    def test_a_wal_that_was_cut_grows_no_further_than_before(
+        self, path: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        made: list[int] = []
+        with SQLiteQueue(path) as queue:
+            database = database_of(queue)
+            database.guarded = True
+            database.wal_size = 2**40
+            monkeypatch.setattr(database, "_checkpoint", lambda: made.append(1))
+            for _ in range(2):
+                queue.enqueue(Task("f", ("x" * 6_000_000,)))
+        assert made == [1]
 
     @pytest.mark.parametrize(
         ("version", "affected"),
@@ -11686,6 +11750,62 @@ class TestWaitAll:
         [result] = await waiting
         assert result.error_type == "TaskExpired"
 
+    async def test_the_timeout_holds_also_while_one_after_the_other_ends(
+        self, backend: Any
+    ) -> None:
+        ids = await call(backend.enqueue_many, [Task("f") for _ in range(3)])
+        tasks = await call(backend.queue.dequeue_many, 3)
+        stream = backend.wait_all(ids, timeout=0.05)
+
+        async def get_next() -> TaskResult:
+            step = (
+                anext(stream) if hasattr(stream, "__anext__") else aside(next, stream)
+            )
+            return cast(TaskResult, await step)
+
+        await asyncio.sleep(0.06)
+        await call(backend.complete, tasks[0])
+        assert (await get_next()).task_id == ids[0]  # what had ended by then
+        await call(backend.complete, tasks[1])
+        with pytest.raises(TimeoutError):
+            await get_next()
+        assert (await get_next()).task_id == ids[1]
+
+    @pytest.mark.parametrize(
+        ("took", "others", "left", "pause"),
+        [
+            (0.0, 0, math.inf, 0.0),
+            (0.05, 0, math.inf, 0.2),  # a fifth of the time
+            (0.0, 200, math.inf, 0.2),
+            (9.0, 0, math.inf, 1.0),
+            (0.05, 0, 0.1, 0.1),
+        ],
+    )
+    async def test_the_more_wait_the_less_often_each_of_them_looks(
+        self,
+        monkeypatch: pytest.MonkeyPatch,
+        took: float,
+        others: int,
+        left: float,
+        pause: float,
+    ) -> None:
+        now, slept = 100.0, [0.0]
+
+        async def sleep(seconds: float) -> None:
+            slept.append(seconds)
+
+        bell = types.SimpleNamespace(waiters=range(others))
+        database = types.SimpleNamespace(bell=bell)
+        gateway: Any = types.SimpleNamespace(database=database, sleep=sleep)
+        monkeypatch.setattr(time, "monotonic", lambda: now)
+        pace = omniq_sqlite._Pace(gateway, now + took + left)
+        await pace.rest()
+        assert slept == [0.0]  # before the first look
+        now += took
+        pace.looked()
+        await pace.rest()
+        assert slept[-1] == pytest.approx(pause)
+
     async def test_an_unknown_id_is_an_error_and_the_others_still_come(
         self, backend: Any
     ) -> None:
@@ -13378,6 +13498,25 @@ class TestRun:
         ids = rig.enqueue(compute.task(), let_go.task())
         rig.run(concurrency=2)
         assert rig.value(ids[0]) is True
+
+    def test_a_long_cleanup_does_not_hold_up_the_first_task(
+        self, rig: Rig, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        free = threading.Event()
+
+        async def clean_up(self: object) -> None:
+            await asyncio.to_thread(free.wait, DEADLINE)
+
+        @rig.tasks.register
+        def let_go() -> None:
+            free.set()
+
+        monkeypatch.setattr(AsyncSQLiteBackend, "cleanup", clean_up)
+        [task_id] = rig.enqueue(let_go.task())
+        begun = time.monotonic()
+        rig.run()
+        assert time.monotonic() - begun < SOON
+        assert rig.backend.status(task_id) == "completed"
 
     def test_it_prefers_the_queues_that_are_named_first(self, rig: Rig) -> None:
         seen: list[str] = []
