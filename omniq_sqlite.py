@@ -3077,6 +3077,7 @@ class _Database:
         self.wal_size = 0  # after the last checkpoint
         self.wal_seen = 0  # its size when last looked at
         self.slowed = False  # whether a reader holds it, as far as is known
+        self.paces: weakref.WeakSet[_Pace] = weakref.WeakSet()  # of waiters
         bug = _has_wal_reset_bug(sqlite3.sqlite_version_info)
         self.guarded = bug and not self.memory  # whether checkpoints must be
         self.flushes = options.synchronous in ("FULL", "EXTRA") and not self.memory
@@ -6258,16 +6259,18 @@ class AsyncSQLiteResultStorage(_AsyncStorage):
 
 
 class _Pace:
-    """Lets a waiter look for no more than a fifth of its time.
+    """How often a waiter looks: for no more than a fifth of its time.
 
-    Every commit of anybody wakes everybody. So where many wait, or one for many, they
-    look less often: 200 threads that waited for results slowed others down to a tenth.
+    Every commit of anybody wakes everybody. So where many wait, those that have
+    waited for long look less often, by no more than a tenth of that time: 200 threads
+    that waited for results slowed others down to a tenth.
     """
 
     def __init__(self, gateway: _Gateway, deadline: float) -> None:
         self._gateway = gateway
         self._deadline = deadline
-        self._rest_until = -math.inf
+        self._since = self._rest_until = time.monotonic()
+        gateway.database.paces.add(self)
 
     async def rest(self) -> None:
         """Wait before a look, but not past the deadline."""
@@ -6277,8 +6280,9 @@ class _Pace:
         self._began = time.monotonic()
 
     def looked(self) -> None:
-        now, others = time.monotonic(), len(self._gateway.database.bell.waiters)
-        rest = max(4 * (now - self._began), others * _LEAST_REST)
+        now, others = time.monotonic(), len(self._gateway.database.paces) - 1
+        fair = min(others * _LEAST_REST, (now - self._since) / 10)
+        rest = max(4 * (now - self._began), fair)
         self._rest_until = now + min(rest, _LONGEST_REST)
 
 

@@ -11772,20 +11772,23 @@ class TestWaitAll:
         assert (await get_next()).task_id == ids[1]
 
     @pytest.mark.parametrize(
-        ("took", "others", "left", "pause"),
+        ("age", "took", "waiting", "left", "pause"),
         [
-            (0.0, 0, math.inf, 0.0),
-            (0.05, 0, math.inf, 0.2),  # a fifth of the time
-            (0.0, 200, math.inf, 0.2),
-            (9.0, 0, math.inf, 1.0),
-            (0.05, 0, 0.1, 0.1),
+            (60.0, 0.0, 1, math.inf, 0.0),
+            (0.0, 0.05, 1, math.inf, 0.2),  # a fifth of the time
+            (60.0, 0.0, 201, math.inf, 0.2),
+            (0.5, 0.0, 201, math.inf, 0.05),
+            (0.0, 9.0, 1, math.inf, 1.0),
+            (0.0, 0.05, 1, 0.1, 0.1),
         ],
     )
     async def test_the_more_wait_the_less_often_each_of_them_looks(
         self,
         monkeypatch: pytest.MonkeyPatch,
+        *,
+        age: float,
         took: float,
-        others: int,
+        waiting: int,
         left: float,
         pause: float,
     ) -> None:
@@ -11794,17 +11797,21 @@ class TestWaitAll:
         async def sleep(seconds: float) -> None:
             slept.append(seconds)
 
-        bell = types.SimpleNamespace(waiters=range(others))
-        database = types.SimpleNamespace(bell=bell)
+        database = types.SimpleNamespace(paces=set())
         gateway: Any = types.SimpleNamespace(database=database, sleep=sleep)
         monkeypatch.setattr(time, "monotonic", lambda: now)
-        pace = omniq_sqlite._Pace(gateway, now + took + left)
+        deadline = now + age + took + left
+        paces = [omniq_sqlite._Pace(gateway, deadline) for _ in range(waiting)]
+        pace = paces[0]
         await pace.rest()
         assert slept == [0.0]  # before the first look
+        now += age
+        await pace.rest()
         now += took
         pace.looked()
         await pace.rest()
         assert slept[-1] == pytest.approx(pause)
+        assert pause > 0 or slept == [0.0]
 
     async def test_an_unknown_id_is_an_error_and_the_others_still_come(
         self, backend: Any
