@@ -1802,13 +1802,19 @@ SELECT DISTINCT queue FROM main.omniq_task WHERE due_at <= :now
 PURGE_TASKS = """
 -- purge: delete ended tasks; live ones only where their status is named
 DELETE FROM main.omniq_task
-WHERE (:queue IS NULL OR queue = :queue)
-    AND CASE
-        WHEN :status IS NULL
-            THEN status IN ('completed', 'failed', 'cancelled', 'expired')
-        ELSE status = :status
-    END
-    AND (:before IS NULL OR coalesce(finished_at, created_at) <= :before)
+WHERE seq IN (
+    SELECT seq FROM main.omniq_task
+    WHERE seq > :after
+        AND (:queue IS NULL OR queue = :queue)
+        AND CASE
+            WHEN :status IS NULL
+                THEN status IN ('completed', 'failed', 'cancelled', 'expired')
+            ELSE status = :status
+        END
+        AND (:before IS NULL OR coalesce(finished_at, created_at) <= :before)
+    ORDER BY seq
+    LIMIT :limit
+)
 RETURNING seq
 """
 
@@ -1895,7 +1901,12 @@ RETURNING rowid
 PURGE_OLD_RESULTS = """
 -- purge: results that were stored before an instant
 DELETE FROM main.omniq_result
-WHERE stored_at <= :before OR expires_at <= :now
+WHERE rowid IN (
+    SELECT rowid FROM main.omniq_result
+    WHERE rowid > :after AND (stored_at <= :before OR expires_at <= :now)
+    ORDER BY rowid
+    LIMIT :limit
+)
 RETURNING rowid
 """
 
@@ -1938,6 +1949,14 @@ SELECT event_id, at, type, task_id, queue, worker, message, details
         (True, "ORDER BY event_id DESC LIMIT :limit"),
     )
 }
+
+MANY_SINCE = """
+-- query: are more than ten thousand events as new as this?
+SELECT 1
+FROM main.omniq_event INDEXED BY omniq_event_by_time
+WHERE at >= :since
+LIMIT 1 OFFSET 10000
+"""
 
 COUNT_EVENTS = {
     way: "\n-- count: events\nSELECT count(*)\n" + source + _EVENT_FILTER
@@ -2514,6 +2533,7 @@ _LOST_WAKE = 2.0  # seconds until a thread looks whether an exception hit its wa
 _FIRST_LOOK = 0.0005  # seconds after a write to the WAL; the next at double distances
 _LAST_LOOK = 0.05  # seconds between two looks when nobody writes, in case one is missed
 _LOOKS_APART = 0.006  # seconds between two looks when others write all the time
+_LOOKS_AT_ONCE = 4
 
 _NETWORK_FILESYSTEMS = frozenset(
     "9p acfs afp afpfs afs beegfs ceph cifs coda davfs fuse.ceph fuse.cephfs"
@@ -2836,6 +2856,8 @@ class _Pool:
                 self.turn.wait()
             finally:
                 self.waiting -= 1
+        if self.waiting and len(self.used) + 1 < self.size:  # there is one more
+            self.turn.notify()
 
     def discard(self) -> None:
         """Close the connection that this thread uses; the next one is new."""
@@ -3033,9 +3055,10 @@ class _Bell:
             return sleep(0.0)
         self.distance = _FIRST_LOOK
         now = time.monotonic()
-        rest = max(_FIRST_LOOK, self.look_at + _LOOKS_APART - now)
-        self.look_at = now + rest
-        return sleep(rest)
+        # Some may come at once: a claim and its outcome are two commits.
+        self.look_at = max(self.look_at, now - _LOOKS_AT_ONCE * _LOOKS_APART)
+        self.look_at += _LOOKS_APART
+        return sleep(max(_FIRST_LOOK, self.look_at - now))
 
 
 class _Waiter:
@@ -3848,7 +3871,7 @@ class _Database:
                 _databases.discard(self)
 
     def _is_in_use(self) -> bool:
-        used = any(pool.used for pool in self.pools)
+        used = any(pool.used or pool.waiting for pool in self.pools)
         return used or bool(self.pending or self.reads)
 
 
@@ -4924,15 +4947,20 @@ class _AsyncStorage:
             await self._gateway.write(_Operation(run, savepoint=False))
 
     async def _delete(self, statement: str, **parameters: Any) -> int:
-        """Delete the rows that match in one transaction; return how many."""
-        operation = _Operation[int](
-            lambda connection: len(connection.execute(statement, parameters).fetchall())
-        )
-        return await self._gateway.write(operation)
+        """Delete the rows that match, a thousand in a transaction; return how many.
 
-    async def _delete_in_steps(self, statement: str, **parameters: Any) -> int:
-        limited = partial(self._delete, statement, limit=_STEP_LIMIT, **parameters)
-        return await _in_steps(_STEP_LIMIT, limited)
+        The statement returns their keys; it may take those `:after` one only.
+        """
+        total, parameters["after"], parameters["limit"] = 0, -1, _STEP_LIMIT
+        while True:
+            operation = _Operation[list[Row]](
+                lambda connection: connection.execute(statement, parameters).fetchall()
+            )
+            keys = await self._gateway.write(operation)
+            total += len(keys)
+            if len(keys) < _STEP_LIMIT:
+                return total
+            [parameters["after"]] = max(keys)
 
     @property
     def path(self) -> str:
@@ -5899,14 +5927,12 @@ class AsyncSQLiteQueue(_AsyncStorage):
     ) -> int:
         """Delete ended tasks and return how many; live ones only by their `status`.
 
-        `older_than`: seconds since the end. One transaction.
+        `older_than`: seconds since the end. One transaction for each thousand.
         """
         _check_optional(queue=queue, status=status, older_than=older_than)
         before = None if older_than is None else self._clock() - older_than
         filters = {"queue": queue, "status": status, "before": before}
-        return await self._write(
-            lambda change: len(change.rows(PURGE_TASKS, **filters))
-        )
+        return await self._delete(PURGE_TASKS, **filters)
 
     # -- Reads --
 
@@ -6247,13 +6273,13 @@ class AsyncSQLiteResultStorage(_AsyncStorage):
     async def purge(self, *, older_than: float | None = None) -> int:
         """Delete expired results, or also those older; return how many.
 
-        `older_than`: seconds since they were stored; with it in one transaction,
-        without it in one for each thousand.
+        `older_than`: seconds since they were stored. One transaction for each
+        thousand.
         """
         _check_optional(older_than=older_than)
         now = self._clock()
         if older_than is None:
-            return await self._delete_in_steps(PURGE_EXPIRED_RESULTS, now=now)
+            return await self._delete(PURGE_EXPIRED_RESULTS, now=now)
         times = {"now": now, "before": now - older_than}
         return await self._delete(PURGE_OLD_RESULTS, **times)
 
@@ -6270,6 +6296,7 @@ class _Pace:
         self._gateway = gateway
         self._deadline = deadline
         self._since = self._rest_until = time.monotonic()
+        self._took = 0.0
         gateway.database.paces.add(self)
 
     async def rest(self) -> None:
@@ -6282,7 +6309,9 @@ class _Pace:
     def looked(self) -> None:
         now, others = time.monotonic(), len(self._gateway.database.paces) - 1
         fair = min(others * _LEAST_REST, (now - self._since) / 10)
-        rest = max(4 * (now - self._began), fair)
+        # Two looks have to be slow: one may be because the loop was blocked.
+        took, self._took = min(now - self._began, self._took), now - self._began
+        rest = max(4 * took, fair)
         self._rest_until = now + min(rest, _LONGEST_REST)
 
 
@@ -6405,6 +6434,8 @@ class AsyncSQLiteEventStorage(_AsyncStorage):
         _check_values(limit=limit)
         others = {"task_id": task_id, "queue": queue, "type": type}
         way, filters = _event_filter(after, since, until, **others)
+        if way == "time" and await self._rows(MANY_SINCE, since=filters["since"]):
+            way = "id"  # to walk past others is quicker than to sort so many
         statement = SELECT_EVENTS[way, bool(newest_first)]
         return self._read(await self._rows(statement, limit=limit, **filters))
 
@@ -6445,7 +6476,7 @@ class AsyncSQLiteEventStorage(_AsyncStorage):
         """
         _check_values(older_than=older_than)
         before = self._clock() - older_than
-        return await self._delete_in_steps(PURGE_EVENTS, before=before)
+        return await self._delete(PURGE_EVENTS, before=before)
 
 
 def _last_event(connection: sqlite3.Connection) -> int:
@@ -7638,8 +7669,10 @@ class AsyncResultStream:
         result: TaskResult | None = None
         try:
             result = await self._backend._look(task_id)
-        except (TaskNotFoundError, SerializationError):
-            del self._waiting[task_id]
+        except BaseException as error:
+            self._over = False  # what else has ended still comes
+            if isinstance(error, (TaskNotFoundError, SerializationError)):
+                del self._waiting[task_id]
             raise
         finally:  # a call that was cancelled looks again
             self._ended.clear() if result is None else self._ended.popleft()
@@ -8987,13 +9020,19 @@ class _Shift:
             if self._free or self._slots == self._worker.concurrency:
                 await self._until(self._room)
                 continue
-            due = self._loop.time() + _LOOK
-            await self._until(self._room, _LOOK)
-            busy = self._loop.time() - due > sys.getswitchinterval() / 2
-            if busy:
+            if busy := await self._is_busy():
                 await self._until(self._room, _POLITE_PAUSE)
             if not self._free:
                 self._make_slots(1 if busy else self._slots)
+
+    async def _is_busy(self) -> bool:
+        """Look twice whether the interpreter is: threads that start look like it."""
+        for _ in range(2):
+            due = self._loop.time() + _LOOK
+            await self._until(self._room, _LOOK)
+            if self._loop.time() - due < sys.getswitchinterval() / 2:
+                return False
+        return True
 
     def _make_slots(self, count: int) -> None:
         count = min(count, self._worker.concurrency - self._slots)
@@ -9043,11 +9082,19 @@ class _Shift:
 
     async def _is_empty(self) -> bool:
         """Return whether no task waits in our queues, but for paused ones."""
-        return not any(
-            stats.scheduled or stats.pending
-            for stats in await self._worker.backend.queue.stats()
-            if stats.queue in self._worker.queues and not stats.paused
-        )
+        tasks, names = self._worker.backend.queue, self._worker.queues
+        try:
+            found = [stats for stats in await tasks.stats() if stats.queue in names]
+        except CorruptDatabaseError:  # the name of another one cannot be read
+            waits = (TaskStatus.SCHEDULED, TaskStatus.PENDING)
+            return not any(
+                [
+                    await tasks.count_tasks(queue=name, status=status)
+                    for name in names
+                    for status in waits
+                ]
+            )
+        return not any((s.scheduled or s.pending) and not s.paused for s in found)
 
     async def _clean_now_and_then(self) -> None:
         # Fail at once on a file that cannot be used; be patient otherwise.

@@ -1468,6 +1468,24 @@ class TestCosts:
             assert queue.dequeue(["default", "other"]) is None
             assert spied == ["look", "look"]
 
+    def test_to_purge_takes_the_lock_for_short_times(
+        self, path: str, spied: list[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(omniq_sqlite, "_STEP_LIMIT", 4)
+        with SQLiteBackend(path) as backend:
+            for number in range(11):
+                backend.enqueue(Task(f"f{number % 2}"))
+            for task in backend.queue.dequeue_many(10):
+                backend.fail(task, ValueError(), retry=task.func == "f1")
+            for purge, count in (
+                (partial(backend.queue.purge, older_than=0), 5),
+                (partial(cast(Any, backend.results).purge, older_than=0), 5),
+            ):
+                spied.clear()
+                assert purge() == count
+                assert spied.count("BEGIN IMMEDIATE") == 2
+            assert backend.queue.count_tasks() == 6
+
     def test_to_retry_all_costs_a_statement_for_those_with_a_key_only(
         self, path: str, spied: list[str]
     ) -> None:
@@ -2416,6 +2434,21 @@ class TestThreads:
                 threads.start(read, queue, number)
             threads.join()
         assert min(calls) >= 30
+
+    def test_a_close_waits_for_those_that_wait_for_a_connection(
+        self, path: str
+    ) -> None:
+        threads = Threads()
+        with SQLiteQueue(path, readers=1) as queue:
+            queue.enqueue(Task("f"))
+            database = database_of(queue)
+            with database.readers:
+                for _ in range(4):
+                    threads.start(queue.count_tasks)
+                until(lambda: database.readers.waiting == 4)
+                threads.start(queue.close)
+                until(lambda: database.closed_reason)
+            threads.join()
 
     def test_a_rest_does_not_hold_up_who_has_a_connection(self, path: str) -> None:
         threads = Threads()
@@ -3742,10 +3775,10 @@ class TestWaking:
         bell.wal = self.Wal(written=True)
         with monkeypatch.context() as patch:  # nobody sleeps in truth
             patch.setattr(time, "monotonic", lambda: 100.0)
-            for _ in range(3):
+            for _ in range(6):
                 bell.pause(slept.append, 1.0)
-        # The first is looked for at once.
-        assert slept == pytest.approx([0.0005, 0.0065, 0.0125])
+        # The first ones are looked for at once.
+        assert slept == pytest.approx([*[0.0005] * 4, 0.006, 0.012])
 
     def test_looks_grow_rare_when_nobody_writes(self, path: str) -> None:
         bell = database_of(SQLiteQueue(path)).bell
@@ -10492,6 +10525,18 @@ FILTERS: list[tuple[dict[str, Any], list[int]]] = [
 
 
 class TestQuery:
+    def test_the_newest_of_many_since_an_instant(self, path: str) -> None:
+        with SQLiteEventStorage(path) as events:
+            events.log(TaskEvent("old", at=at(0)))
+            events.log_many([TaskEvent("x", at=at(10)) for _ in range(10_100)])
+            events.log(TaskEvent("y", at=at(20)))
+            newest = events.query(since=at(10), newest_first=True, limit=2)
+            assert [event.type for event in newest] == ["y", "x"]
+            [first] = events.query(since=at(10), limit=1)
+            assert (first.type, first.id) == ("x", "2")
+            assert events.query(since=at(10), type="old") == []
+            assert events.count(since=at(10)) == 10_101
+
     async def test_it_gives_what_matches_oldest_first(self, events: Any) -> None:
         await log_some(events)
         everything = await call(events.query)
@@ -11750,6 +11795,18 @@ class TestWaitAll:
         [result] = await waiting
         assert result.error_type == "TaskExpired"
 
+    async def test_after_an_unknown_id_what_has_ended_comes_also_at_the_end(
+        self, backend: Any
+    ) -> None:
+        ids = await call(backend.enqueue_many, [Task("f") for _ in range(2)])
+        for task in await call(backend.queue.dequeue_many, 2):
+            await call(backend.complete, task)
+        stream = backend.wait_all(["unknown", "none", *ids], timeout=0)
+        for _ in range(2):
+            with pytest.raises(TaskNotFoundError):
+                await gather_results(stream)
+        assert [r.task_id for r in await gather_results(stream)] == ids
+
     async def test_the_timeout_holds_also_while_one_after_the_other_ends(
         self, backend: Any
     ) -> None:
@@ -11807,6 +11864,7 @@ class TestWaitAll:
         assert slept == [0.0]  # before the first look
         now += age
         await pace.rest()
+        pace._took = took  # the last one was as slow
         now += took
         pace.looked()
         await pace.rest()
@@ -13523,6 +13581,18 @@ class TestRun:
         begun = time.monotonic()
         rig.run()
         assert time.monotonic() - begun < SOON
+        assert rig.backend.status(task_id) == "completed"
+
+    def test_the_name_of_another_queue_may_be_anything(self, rig: Rig) -> None:
+        rig.queue.enqueue(Task("f", queue="other"))
+        with raw(rig.path) as connection:
+            connection.execute("UPDATE omniq_task SET queue = CAST(x'ff' AS TEXT)")
+
+        @rig.tasks.register
+        def nothing() -> None: ...
+
+        [task_id] = rig.enqueue(nothing.task())
+        rig.run()
         assert rig.backend.status(task_id) == "completed"
 
     def test_it_prefers_the_queues_that_are_named_first(self, rig: Rig) -> None:
