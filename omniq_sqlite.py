@@ -1642,20 +1642,7 @@ WHERE status IN ('failed', 'cancelled', 'expired')
 ORDER BY seq
 """
 
-RETRY = """
--- retry: runs again with fresh attempts; an expiry that has passed is dropped
-UPDATE main.omniq_task
-SET status = 'pending',
-    attempt = 0,
-    run_at = NULL,
-    finished_at = NULL,
-    progress = NULL,
-    expires_at = CASE WHEN expires_at > :now THEN expires_at END
-WHERE id = :id AND status IN ('failed', 'cancelled', 'expired')
-"""
-
-RETRY_ALL = """
--- retry all: those without a key run again
+_RUN_AGAIN = """
 UPDATE main.omniq_task
 SET status = 'pending',
     attempt = 0,
@@ -1664,6 +1651,17 @@ SET status = 'pending',
     progress = NULL,
     expires_at = CASE WHEN expires_at > :now THEN expires_at END
 WHERE status IN ('failed', 'cancelled', 'expired')
+"""
+
+RETRY = f"""
+-- retry: runs again with fresh attempts; an expiry that has passed is dropped
+{_RUN_AGAIN}
+    AND id = :id
+"""
+
+RETRY_ALL = f"""
+-- retry all: those without a key run again
+{_RUN_AGAIN}
     AND unique_key IS NULL
     AND (:queue IS NULL OR queue = :queue)
     AND (:func IS NULL OR func = :func)
@@ -2533,7 +2531,7 @@ _LOST_WAKE = 2.0  # seconds until a thread looks whether an exception hit its wa
 _FIRST_LOOK = 0.0005  # seconds after a write to the WAL; the next at double distances
 _LAST_LOOK = 0.05  # seconds between two looks when nobody writes, in case one is missed
 _LOOKS_APART = 0.006  # seconds between two looks when others write all the time
-_LOOKS_AT_ONCE = 4
+_LOOKS_AT_ONCE = 4  # after some time without any
 
 _NETWORK_FILESYSTEMS = frozenset(
     "9p acfs afp afpfs afs beegfs ceph cifs coda davfs fuse.ceph fuse.cephfs"
@@ -4866,7 +4864,7 @@ def _drop_elsewhere(operations: Sequence[_Operation[Any]]) -> None:
 # elsewhere they are logged after the commit.
 
 _SETTLE_LIMIT = 500  # tasks that are settled, or go after retention, in one transaction
-_STEP_LIMIT = 1_000  # results or events that are deleted in one transaction
+_STEP_LIMIT = 1_000  # rows that are deleted in one transaction
 _NOTE_WORKER_INTERVAL = 10.0  # seconds between two notes that a worker was seen
 _FORGET_WORKER_AFTER = 86_400.0  # seconds
 
@@ -4951,16 +4949,17 @@ class _AsyncStorage:
 
         The statement returns their keys; it may take those `:after` one only.
         """
-        total, parameters["after"], parameters["limit"] = 0, -1, _STEP_LIMIT
-        while True:
+        parameters |= {"after": -1, "limit": _STEP_LIMIT}
+
+        async def step() -> int:
             operation = _Operation[list[Row]](
                 lambda connection: connection.execute(statement, parameters).fetchall()
             )
             keys = await self._gateway.write(operation)
-            total += len(keys)
-            if len(keys) < _STEP_LIMIT:
-                return total
-            [parameters["after"]] = max(keys)
+            [parameters["after"]] = max(keys, default=(-1,))
+            return len(keys)
+
+        return await _in_steps(_STEP_LIMIT, step)
 
     @property
     def path(self) -> str:

@@ -13497,11 +13497,16 @@ class TestRun:
             until(lambda: rig.queue.count_tasks() == 0)
         assert [rig.value(task_id) for task_id in ids] == ["done", True] * 4
 
-    def test_a_free_slot_is_used_while_others_are_busy(self, rig: Rig) -> None:
+    @pytest.mark.parametrize("computes", [False, True])
+    def test_a_free_slot_is_used_while_others_are_busy(
+        self, rig: Rig, computes: bool
+    ) -> None:
         free = threading.Event()
 
         @rig.tasks.register
         def hold() -> bool:
+            while computes and not free.is_set():
+                pass
             return free.wait(DEADLINE)
 
         @rig.tasks.register
@@ -13542,25 +13547,6 @@ class TestRun:
             assert rig.queue.count_tasks(status="running") <= 4
             free.set()
             until(lambda: rig.queue.count_tasks() == 0)
-
-    def test_a_short_task_does_not_wait_behind_a_long_computation(
-        self, rig: Rig
-    ) -> None:
-        free = threading.Event()
-
-        @rig.tasks.register
-        def compute() -> bool:
-            while not free.is_set():
-                pass
-            return True
-
-        @rig.tasks.register
-        def let_go() -> None:
-            free.set()
-
-        ids = rig.enqueue(compute.task(), let_go.task())
-        rig.run(concurrency=2)
-        assert rig.value(ids[0]) is True
 
     def test_a_long_cleanup_does_not_hold_up_the_first_task(
         self, rig: Rig, monkeypatch: pytest.MonkeyPatch
