@@ -2532,6 +2532,8 @@ _FIRST_LOOK = 0.0005  # seconds after a write to the WAL; the next at double dis
 _LAST_LOOK = 0.05  # seconds between two looks when nobody writes, in case one is missed
 _LOOKS_APART = 0.006  # seconds between two looks when others write all the time
 _LOOKS_AT_ONCE = 4  # after some time without any
+_CLOCK_SET = 1.0  # seconds by which the clock is ahead at once: the machine slept
+_TIME_TO_EXTEND = 5.0  # seconds for all holders of leases, after they stood still
 
 _NETWORK_FILESYSTEMS = frozenset(
     "9p acfs afp afpfs afs beegfs ceph cifs coda davfs fuse.ceph fuse.cephfs"
@@ -3004,7 +3006,7 @@ class _Bell:
         """Look once for a commit of another connection and for due waiters."""
         try:
             changed = not self.database.memory and self._version_moved()
-            now = self.database.options.clock()
+            now = -math.inf if _standstill.left() else self.database.options.clock()
         except Exception as error:
             if _is_alien(error):
                 raise
@@ -3057,6 +3059,44 @@ class _Bell:
         self.look_at = max(self.look_at, now - _LOOKS_AT_ONCE * _LOOKS_APART)
         self.look_at += _LOOKS_APART
         return sleep(max(_FIRST_LOOK, self.look_at - now))
+
+
+class _Standstill:
+    """Notices that this process stood still: a laptop that slept, a Ctrl-Z.
+
+    Then leases look over whose holders stood still as well. Nothing is settled for
+    a moment, in which they go on and extend them; else their tasks would run twice.
+    """
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget all; in a forked child nobody calls `expect` yet."""
+        self._offset = time.time() - time.monotonic()
+        self._expected_at = math.inf
+        self._worked = 0.0  # seconds on a processor
+        self.ended_at = -math.inf  # monotonic, as all but the time of day
+
+    def expect(self, at: float) -> None:
+        """Say when this is called again at the latest, unless the process stops."""
+        self._worked = time.process_time()
+        self._expected_at = at
+
+    def left(self) -> float:
+        """Return the seconds for which nothing is to be settled; mostly 0."""
+        now = time.monotonic()
+        offset = time.time() - now  # Linux and macOS count no sleep as monotonic time
+        late = now - self._expected_at
+        # Where a function in C kept the interpreter for itself, it was at work.
+        stood = late > 0 and time.process_time() - self._worked < late / 2
+        if stood or offset > self._offset + _CLOCK_SET:
+            self.ended_at = now  # first: other threads come here, too
+        self._offset = offset
+        return max(0.0, self.ended_at + _TIME_TO_EXTEND - now)
+
+
+_standstill = _Standstill()
 
 
 class _Waiter:
@@ -3188,7 +3228,7 @@ class _Database:
         """Return the seconds to wait for until a timeout or a time on the clock."""
         if due is None:
             return math.inf if timeout is None else timeout
-        left = max(_FIRST_LOOK, due - self.options.clock())
+        left = max(_FIRST_LOOK, due - self.options.clock(), _standstill.left())
         return left if timeout is None else min(timeout, left)
 
     @staticmethod
@@ -4072,6 +4112,7 @@ def _after_fork_in_child() -> None:
     _databases_lock, _disposing = threading.RLock(), threading.RLock()
     _id_lock = threading.Lock()
     _operating_lock = threading.RLock()
+    _standstill.reset()
     _operating.intersection_update({threading.get_ident()})
     for ident in set(_undo) - {threading.get_ident()}:
         del _undo[ident]  # a claim of the parent's
@@ -5216,7 +5257,7 @@ def _key_holder(change: _Change, queue: str, key: str | None) -> str | None:
         for *task, is_due in change.rows(
             SELECT_KEY_HOLDER, queue=queue, unique_key=key
         ):
-            if not is_due:
+            if not is_due or _standstill.left():
                 return _text(task[1])
             _settle(change, [tuple(task)])
     return None
@@ -5317,7 +5358,7 @@ class _Claim(_Operation[_Claimed]):
         found = {name: state for name, *state in rows}
         for name in self.names:
             ready, paused, due_at = found[name]
-            due = due_at is not None and due_at <= now
+            due = due_at is not None and due_at <= now and not _standstill.left()
             if not paused and (ready or due):
                 plan.append((name, due))
             elif not paused and due_at is not None:
@@ -5401,6 +5442,8 @@ def _from_utf_8(stored: object, otherwise: str | None = None) -> object:
 
 def _settle_due(change: _Change, queue: str) -> int:
     """Settle what is due in a queue, a bounded number; return how many."""
+    if _standstill.left():
+        return 0
     with _undecoded(change.cursor.connection):
         due = change.rows(SELECT_DUE, queue=queue, limit=_SETTLE_LIMIT)
         return _settle(change, due)
@@ -8172,6 +8215,7 @@ _LAST_WRITES = 1.0  # seconds for outcomes to be written after the grace has pas
 _QUICK_DEATH = 10.0  # seconds: a child that fails sooner is replaced ever more slowly
 _LONGEST_PAUSE = 5.0  # seconds between two tries
 _LONGEST_BEAT = 20.0  # seconds between two heartbeats: they also show that one lives
+_LONGEST_TICK = 1.0  # seconds until the heartbeat looks what there is to do
 
 _AnyContext = AbstractContextManager[Any] | AbstractAsyncContextManager[Any]
 
@@ -8700,6 +8744,7 @@ class _Heartbeat:
             while not self._ended:
                 await self._look()
         finally:
+            _standstill.expect(math.inf)
             for job in self._jobs:
                 job.cancel()
             if copied:
@@ -8711,8 +8756,12 @@ class _Heartbeat:
         self._look_at = math.inf
         self._woken.clear()
         now = time.monotonic()
-        next_at = now + self.interval
+        next_at = now + min(self.interval, _LONGEST_TICK)
+        _standstill.left()
+        _standstill.expect(next_at + max(self.interval, _LONGEST_TICK))
         for run in tuple(self._runs):
+            if run.extended_at < _standstill.ended_at and run.extend_at < math.inf:
+                run.extend_at = now
             self._attend(run, now)
             next_at = min(next_at, run.extend_at, run.interrupt_at, run.give_up_at)
         self._look_at = next_at

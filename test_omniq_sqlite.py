@@ -8559,6 +8559,105 @@ class TestFencing:
             await call(queue.complete, task)
 
 
+class SleepingMachine:
+    """Whose time of day goes on while it sleeps, and its monotonic clock does not."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.slept = 0.0
+        real = time.time
+        monkeypatch.setattr(time, "time", lambda: real() + self.slept)
+        monkeypatch.setattr(omniq_sqlite, "_standstill", omniq_sqlite._Standstill())
+
+    def __call__(self) -> float:
+        return time.time()
+
+    def sleep(self, seconds: float) -> None:
+        self.slept += seconds
+
+
+class TestStandstill:
+    """What a laptop does to leases that is closed for longer than they are."""
+
+    @pytest.fixture
+    def clock(self, monkeypatch: pytest.MonkeyPatch) -> SleepingMachine:
+        monkeypatch.setattr(omniq_sqlite, "_TIME_TO_EXTEND", 0.5)
+        return SleepingMachine(monkeypatch)
+
+    async def test_nobody_is_taken_for_dead_at_once(
+        self, queue: Any, clock: SleepingMachine
+    ) -> None:
+        task_id = await call(queue.enqueue, Task("f"))
+        await claim(queue)
+        clock.sleep(3_600)
+        began = time.monotonic()
+        assert await call(queue.dequeue) is None
+        again = await call(queue.dequeue, timeout=DEADLINE)
+        assert (again.id, again.attempt) == (task_id, 2)
+        assert time.monotonic() - began >= 0.5
+
+    async def test_who_extends_meanwhile_keeps_the_task(
+        self, queue: Any, clock: SleepingMachine
+    ) -> None:
+        await call(queue.enqueue, Task("f"))
+        task = await claim(queue)
+        clock.sleep(3_600)
+        await call(queue.extend, task)
+        assert await call(queue.dequeue, timeout=1.0) is None
+
+    async def test_who_waits_does_not_spin(
+        self, queue: Any, clock: SleepingMachine, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(omniq_sqlite, "_TIME_TO_EXTEND", DEADLINE)
+        looks = 0
+        look = omniq_sqlite._Claim.look
+
+        def counted(claim: Any, connection: Any) -> Any:
+            nonlocal looks
+            looks += 1
+            return look(claim, connection)
+
+        monkeypatch.setattr(omniq_sqlite._Claim, "look", counted)
+        await call(queue.enqueue, Task("f"))
+        await claim(queue)
+        clock.sleep(3_600)
+        assert await call(queue.dequeue, timeout=0.5) is None
+        assert looks <= 5
+
+    async def test_a_key_is_still_held(
+        self, queue: Any, clock: SleepingMachine
+    ) -> None:
+        holder = await call(queue.enqueue, Task("f", unique_key="k", max_attempts=1))
+        task = await claim(queue)
+        clock.sleep(3_600)
+        assert await call(queue.enqueue, Task("f", unique_key="k")) == holder
+        await call(queue.complete, task)
+
+    def test_a_function_that_keeps_the_interpreter_is_no_standstill(self) -> None:
+        standstill = omniq_sqlite._Standstill()
+        standstill.expect(time.monotonic())
+        limit = time.process_time() + 0.2
+        while time.process_time() < limit:
+            pass
+        assert not standstill.left()
+        standstill.expect(time.monotonic())
+        time.sleep(0.2)
+        assert standstill.left()
+
+    @POSIX
+    def test_a_forked_child_does_not_take_itself_for_stopped(
+        self, run_here: RunHere
+    ) -> None:
+        code = """
+            omniq_sqlite._standstill.expect(time.monotonic())
+            time.sleep(0.1)
+            pid = os.fork()
+            print(omniq_sqlite._standstill.left() > 0, flush=True)
+            if pid:
+                os.waitpid(pid, 0)
+            """
+        assert sorted(run_here(code).split()) == ["False", "True"]
+
+
 class TestReclaim:
     async def test_the_tasks_of_the_worker_are_claimable_at_once(
         self, queue: Any
@@ -16109,6 +16208,64 @@ class TestAttacks:
             assert backend.results.get(task.id) is None  # type: ignore[union-attr]
             backend.complete(task, "ours")
             assert backend.result(task.id, timeout=0).value == "ours"
+
+    @POSIX
+    @pytest.mark.parametrize("how", ["sleep", "stop"])
+    def test_what_runs_while_the_machine_sleeps_runs_once(
+        self, start: Callable[..., Program], tmp_path: Path, how: str
+    ) -> None:
+        (tmp_path / "machine.py").write_text(
+            textwrap.dedent("""
+                import os, time
+
+                awake = time.time
+
+                def now():
+                    return awake() + 3_600 * os.path.exists("slept")
+
+                time.time = now
+                """)
+        )
+        source = """
+            import machine, sys, time
+            from omniq_sqlite import SQLiteBackend, TaskRegistry, Worker, current_task
+
+            tasks = TaskRegistry()
+
+            @tasks.register
+            def nap():
+                with open("runs", "a") as file:
+                    file.write(current_task().id + "\\n")
+                time.sleep(6.5)
+
+            if __name__ == "__main__":
+                name, lease = sys.argv[1], float(sys.argv[2])
+                with SQLiteBackend("jobs.db") as backend:
+                    Worker(backend, tasks, name=name, lease=lease).run(processes=2)
+            """
+        lease = 60 if how == "sleep" else 2
+        crews = [start(source, name, lease) for name in ("one", "two")]
+        with SQLiteBackend(tmp_path / "jobs.db") as backend:
+            assert backend.results is not None
+            until(lambda: len(backend.queue.list_workers()) == 4)
+            ids = backend.enqueue_many([Task("nap") for _ in range(6)])
+            runs = tmp_path / "runs"
+            until(lambda: runs.exists() and len(runs.read_text().split()) == 6)
+            if how == "sleep":
+                (tmp_path / "slept").touch()
+            else:
+                for crew in crews:
+                    os.killpg(crew.process.pid, signal.SIGSTOP)
+                time.sleep(4)
+                for crew in crews:
+                    os.killpg(crew.process.pid, signal.SIGCONT)
+            backend.enqueue(Task("nap"))  # wakes all who wait
+            for task_id in ids:
+                result = backend.results.wait(task_id, timeout=DEADLINE)
+                assert result.attempt == 1  # `result` would settle what is due
+            assert set(Counter(runs.read_text().split()).values()) == {1}
+        for crew in crews:
+            crew.process.send_signal(signal.SIGTERM)
 
     @POSIX
     def test_kills_at_random_moments_leave_nothing_stuck_or_done_twice(
