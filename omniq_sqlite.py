@@ -432,6 +432,8 @@ class TaskTimeout(OmniQError, TimeoutError):
     """A task ran longer than its `timeout`; raised inside a plain function."""
 
     def __init__(self, task_id: str = "", timeout: float = 0.0) -> None:
+        if not task_id and (run := _current_run.get(None)):  # raised in its thread
+            task_id, timeout = run.task.id, run.task.timeout or 0.0
         self.task_id = task_id
         self.timeout = timeout
         super().__init__(f"task {task_id!r} ran longer than its timeout of {timeout} s")
@@ -5011,7 +5013,7 @@ class _AsyncStorage:
         return f"{type(self).__name__}({self.path!r})"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        if self.path == ":memory:":
+        if _is_in_memory(self.path, self._arguments):
             raise TypeError(f"{type(self).__name__} on ':memory:' cannot be pickled")
         return partial(cast(Any, type(self)), self.path, **self._arguments), ()
 
@@ -6652,7 +6654,7 @@ class _Twin(Generic[A]):
         return f"{type(self).__name__}({self.path!r})"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        if self.path == ":memory:":
+        if _is_in_memory(self.path, self._arguments):
             raise TypeError(f"{type(self).__name__} on ':memory:' cannot be pickled")
         if self._loop is not None:
             raise TypeError(f"{type(self).__name__} of from_async() is of one loop")
@@ -7174,6 +7176,12 @@ def _is_ready(part: object) -> bool:
 def _has_ready_parts(arguments: Mapping[str, object]) -> bool:
     """Tell whether a backend of these arguments has objects that were given."""
     return any(_is_ready(arguments[name]) for name in _PARTS)
+
+
+def _is_in_memory(path: str, arguments: Mapping[str, object]) -> bool:
+    """Tell whether `path`, or the place of a part, is this object's alone."""
+    places = (path, *(arguments.get(name) for name in _PARTS))
+    return ":memory:" in [str(p) for p in places if isinstance(p, str | os.PathLike)]
 
 
 class AsyncSQLiteBackend(_AsyncStorage):
@@ -8053,7 +8061,8 @@ class SQLiteBackend(_Twin[AsyncSQLiteBackend]):
         self._check_usable()
         for database in self._async._databases():
             database.check_open()
-        alone = self._loop is None and self.path != ":memory:"
+        in_memory = _is_in_memory(self.path, self._arguments)
+        alone = self._loop is None and not in_memory
         if alone and not _has_ready_parts(self._arguments):
             return AsyncSQLiteBackend(self.path, **self._arguments)
         return self._async._shared(in_loops=self._loop is None)
@@ -8250,9 +8259,12 @@ class TaskFunction(Generic[P, T]):
         self, function: Callable[P, T], name: str, options: TaskOptions
     ) -> None:
         functools.update_wrapper(self, function)
+        for taken in ("task", "options"):  # as another queue's decorator sets them
+            self.__dict__.pop(taken, None)
         self.function = function
         self.name = name
-        self.is_async = inspect.iscoroutinefunction(function)
+        calls = function, getattr(function, "__call__", None)  # noqa: B004
+        self.is_async = any(map(inspect.iscoroutinefunction, calls))
         self._options = options
         self._signature = inspect.signature(function)
         Task(name, **options)  # refuses a wrong option here and now
@@ -8332,7 +8344,9 @@ class TaskRegistry:
     ) -> TaskFunction[..., Any]:
         if isinstance(function, TaskFunction):
             function = function.function
-        added = TaskFunction(function, name or function.__name__, options)
+        name = name or getattr(function, "__name__", None)
+        _check(name is not None, "name", "given for what has no `__name__`", name)
+        added = TaskFunction(function, cast(str, name), options)
         if added.name in self._functions:
             raise ValueError(
                 f"name must be new to the registry, not {added.name!r}:"

@@ -13195,6 +13195,12 @@ class TestTaskRegistry:
             TaskRegistry()["nobody"]
         assert caught.value.func == "nobody"
 
+    def test_what_has_no_name_needs_one(self) -> None:
+        tasks = TaskRegistry()
+        with pytest.raises(ValueError, match="name must be given"):
+            tasks.register(partial(thumbnail, "a"))
+        assert tasks.register(partial(thumbnail, "a"), name="a").task().func == "a"
+
     def test_a_wrong_option_is_refused_at_once(self) -> None:
         tasks = TaskRegistry()
         with pytest.raises(ValueError, match="max_attempts"):
@@ -13234,6 +13240,26 @@ class TestTaskFunction:
         assert registered("a.png", size=64) == "a.png:64"
         assert registered.__doc__ == "Make a thumbnail."
         assert str(inspect.signature(registered)) == str(inspect.signature(thumbnail))
+
+    def test_an_object_with_an_async_call_runs_on_the_loop(self, rig: Rig) -> None:
+        class Greet:
+            async def __call__(self, name: str) -> str:
+                await asyncio.sleep(0)
+                return f"hello {name}"
+
+        [task_id] = rig.enqueue(rig.tasks.register(Greet(), name="greet").task("you"))
+        rig.run()
+        assert rig.value(task_id) == "hello you"
+
+    def test_attributes_of_the_function_hide_no_method(self) -> None:
+        def taken(a: int) -> int:
+            return a
+
+        taken.task = taken.options = "another queue's"  # type: ignore[attr-defined]
+        taken.author = "me"  # type: ignore[attr-defined]
+        registered = TaskRegistry().register(taken)
+        assert registered.options(priority=2).task(1).priority == 2
+        assert registered.author == "me"  # type: ignore[attr-defined]
 
     def test_task_makes_a_task_of_a_call(self) -> None:
         task = TaskRegistry().register(thumbnail).task("a.png", size=64)
@@ -13740,6 +13766,31 @@ class TestRun:
                 task_id = backend.enqueue(plain.task("a"))
                 Worker(backend, tasks).run(until_empty=True, signals=False)
                 assert backend.result(task_id, timeout=0).value == "a:128"
+
+    @pytest.mark.parametrize("part", ["queue", "results", "events"])
+    async def test_a_part_in_memory_is_the_workers_too(
+        self, api: Api, part: str
+    ) -> None:
+        """It looked at memory of its own, and lost results without a word."""
+        backend = api.backend(clock=time.time, **{"events": True, part: ":memory:"})
+        with pytest.raises(TypeError, match="memory"):
+            pickle.dumps(backend)
+        tasks = TaskRegistry()
+
+        @tasks.register
+        def slow() -> str:
+            time.sleep(1.2)
+            return "slow"
+
+        task_id = await call(backend.enqueue, slow.task())
+        if api.is_async:
+            await AsyncWorker(backend, tasks, lease=0.6).run(until_empty=True)
+        else:
+            Worker(backend, tasks, lease=0.6).run(until_empty=True, signals=False)
+        result = await call(backend.result, task_id, timeout=0)
+        assert (result.value, result.attempt) == ("slow", 1)
+        events = await call(backend.events.query)
+        assert [e.type for e in events] == ["enqueued", "dequeued", "completed"]
 
     def test_a_blocking_worker_runs_where_a_loop_runs(self, rig: Rig) -> None:
         [task_id] = rig.enqueue(rig.tasks.register(thumbnail).task("a"))
@@ -14872,19 +14923,19 @@ class TestTimeout:
         assert rig.value(task_id) >= 2
 
     def test_a_plain_function_gets_an_exception_in_its_thread(self, rig: Rig) -> None:
-        seen: list[type[BaseException]] = []
+        seen: list[tuple[str, float]] = []
 
         @rig.tasks.register(timeout=0.1, max_attempts=1)
         def wait() -> None:
             try:
                 spin(DEADLINE)
-            except BaseException as error:
-                seen.append(type(error))
+            except TaskTimeout as error:
+                seen.append((error.task_id, error.timeout))
                 raise
 
         [task_id] = rig.enqueue(wait.task())
         rig.run()
-        assert seen == [TaskTimeout]
+        assert seen == [(task_id, 0.1)]
         result = rig.backend.results.get(task_id)
         assert result.error_type == "TaskTimeout"
         assert task_id in result.error
