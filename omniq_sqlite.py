@@ -12093,14 +12093,13 @@ def _make_handler(host: str, page: _LivePage) -> Any:
 # -- options --
 
 
-def _parse_count(text: str) -> int:
-    if not text.isdecimal() or not 1 <= int(text) < 10**18:
-        raise _CommandError(f"a count must be a number from 1, not {text!r}")
+def _parse_number(
+    text: str, what: str = "a count", least: int = 1, most: int = 10**18
+) -> int:
+    if not text.isdecimal() or not least <= int(text) <= most:
+        rule = f"a number from {least} to {most}"
+        raise _CommandError(f"{what} must be {rule}, not {text!r}")
     return int(text)
-
-
-def _parse_offset(text: str) -> int:
-    return 0 if text == "0" else _parse_count(text)
 
 
 def _parse_host(text: str) -> str:
@@ -12113,12 +12112,6 @@ def _parse_name(text: str) -> str:
     if not _storable(text):
         raise _CommandError(f"a name must be valid text, not {_printable(text)}")
     return text
-
-
-def _parse_port(text: str) -> int:
-    if not text.isdecimal() or int(text) > 65_535:
-        raise _CommandError(f"--port must be a number from 0 to 65535, not {text!r}")
-    return int(text)
 
 
 def _parse_queue(text: str) -> str:
@@ -12152,106 +12145,91 @@ def _parse_instant(text: str) -> datetime:
     return instant
 
 
-_Terms = dict[str, Any]  # of argparse's `add_argument`
-_COUNT: _Terms = {"metavar": "N", "type": _parse_count}
-_FLAG: _Terms = {"action": "store_true"}
-_SECONDS: _Terms = {"metavar": "SECONDS", "type": float}
-_WHEN: _Terms = {"metavar": "WHEN", "type": _parse_instant}
+def _option(help: str, **terms: Any) -> dict[str, Any]:
+    """Return an option in the terms of argparse's `add_argument`."""
+    return {"help": help, **terms}
+
+
+_flag = partial(_option, action="store_true")
+_count = partial(_option, metavar="N", type=_parse_number)
+_seconds = partial(_option, metavar="SECONDS", type=float)
+_when = partial(_option, metavar="WHEN", type=_parse_instant)
+_parse_offset = partial(_parse_number, least=0)
+_parse_port = partial(_parse_number, what="--port", least=0, most=65_535)
 
 # Each option means the same in all commands.
-_OPTIONS: dict[str, _Terms] = {
-    "file": {"metavar": "FILE", "help": "the database"},
-    "folder": {"metavar": "FOLDER", "help": "where the files are"},
-    "id": {"metavar": "ID", "help": "of the task"},
-    "ids": {"metavar": "ID", "nargs": "*", "default": [], "help": "of tasks"},
-    "queues": {"metavar": "QUEUE", "nargs": "+", "type": _parse_queue, "help": "names"},
-    "target": {"metavar": "COPY", "help": "the path of a new file"},
-    "func": {"metavar": "FUNC", "help": "a name that the worker knows"},
-    "args": {
-        "metavar": "ARG",
-        "nargs": "*",
-        "default": [],  # without one, an error would call them required
-        "help": "JSON, or else a plain string; after -- where one begins with -",
-    },
-    "-o": {
-        "metavar": "PAGE",
-        "dest": "output",
-        "default": "report.html",
-        "help": "the page; - for standard output (default: %(default)s)",
-    },
-    "--all": {**_FLAG, "help": "without any filter"},
-    "--app": {"metavar": "MODULE:REGISTRY", "required": True, "help": "the functions"},
-    "--concurrency": {
-        **_COUNT,
-        "help": f"tasks at once (default: {DEFAULT_CONCURRENCY})",
-    },
-    "--db": {
-        "metavar": "FILE",
-        "default": "omniq-demo.db",
-        "help": "the database (default: %(default)s)",
-    },
-    "--delay": {**_SECONDS, "default": 0.0, "help": "not before"},
-    "--dry-run": {**_FLAG, "help": "change nothing, show what would be"},
-    "--follow": {**_FLAG, "help": "wait for more, until Ctrl-C"},
-    "--func": {"type": _parse_name, "help": "only this function"},
-    "--grace": {**_SECONDS, "help": "for running tasks at the end (default: 10)"},
-    "--host": {
-        "type": _parse_host,
-        "default": "127.0.0.1",
-        "help": "the address (default: %(default)s)",
-    },
-    "--json": {**_FLAG, "help": "print an object a line"},
-    "--kwargs": {"metavar": "JSON", "type": _parse_object, "help": "an object"},
-    "--lease": {**_SECONDS, "help": f"of a claim (default: {DEFAULT_LEASE:g})"},
-    "--limit": {**_COUNT, "default": 100, "help": "at the most (default: 100)"},
-    "--log-level": {
-        "metavar": "LEVEL",
-        "choices": ["debug", "info", "warning", "error"],
-        "default": "info",
-        "type": str.lower,
-        "help": "debug, info, warning or error (default: %(default)s)",
-    },
-    "--max-attempts": {**_COUNT, "help": "before it has failed (default: 3)"},
-    "--max-tasks": {**_COUNT, "help": "stop after so many"},
-    "--name": {"help": "of this worker, as others see it"},
-    "--newer-than": {**_WHEN, "help": f"ended, or else enqueued, since {_AN_INSTANT}"},
-    "--offset": {
-        "metavar": "N",
-        "type": _parse_offset,
-        "default": 0,
-        "help": "skip the first",
-    },
-    "--older-than": {**_WHEN, "help": f"ended, or else enqueued, before {_AN_INSTANT}"},
-    "--port": {
-        "metavar": "N",
-        "type": _parse_port,
-        "default": 8765,
-        "help": "0: any (default: %(default)s)",
-    },
-    "--priority": {"metavar": "N", "type": int, "help": "higher first"},
-    "--processes": {**_COUNT, "help": "child processes"},
-    "--queue": {"type": _parse_queue, "help": "this queue"},
-    "--queues": {
-        "metavar": "A,B",
-        "type": _parse_queues,
-        "help": "in order of preference",
-    },
-    "--retry-delay": {**_SECONDS, "help": "before the first retry (default: 1)"},
-    "--since": {**_WHEN, "help": _AN_INSTANT},
-    "--status": {
-        "metavar": "STATUS",
-        "choices": [str(status) for status in TaskStatus],  # else shown as members
-        "help": "only this status: " + ", ".join(TaskStatus),
-    },
-    "--task": {"metavar": "ID", "help": "only this task"},
-    "--timeout": {**_SECONDS, "help": "of one attempt (default: none)"},
-    "--type": {"help": "only this type, such as failed"},
-    "--unique-key": {"metavar": "KEY", "help": "add nothing while a task holds it"},
-    "--until": {**_WHEN, "help": _AN_INSTANT},
-    "--until-empty": {**_FLAG, "help": "stop when no task is left"},
-    "--watch": {**_FLAG, "help": "again every second, until Ctrl-C"},
-    "--worker": {"metavar": "NAME", "help": "only this worker"},
-    "--workers": {**_COUNT, "default": os.cpu_count() or 1, "help": "processes"},
+_OPTIONS = {
+    "file": _option("the database", metavar="FILE"),
+    "folder": _option("where the files are", metavar="FOLDER"),
+    "id": _option("of the task", metavar="ID"),
+    "ids": _option("of tasks", metavar="ID", nargs="*", default=[]),
+    "queues": _option("names", metavar="QUEUE", nargs="+", type=_parse_queue),
+    "target": _option("the path of a new file", metavar="COPY"),
+    "func": _option("a name that the worker knows", metavar="FUNC"),
+    "args": _option(
+        "JSON, or else a plain string; after -- where one begins with -",
+        metavar="ARG",
+        nargs="*",
+        default=[],  # without one, an error would call them required
+    ),
+    "-o": _option(
+        "the page; - for standard output (default: %(default)s)",
+        metavar="PAGE",
+        dest="output",
+        default="report.html",
+    ),
+    "--all": _flag("without any filter"),
+    "--app": _option("the functions", metavar="MODULE:REGISTRY", required=True),
+    "--concurrency": _count(f"tasks at once (default: {DEFAULT_CONCURRENCY})"),
+    "--db": _option(
+        "the database (default: %(default)s)", metavar="FILE", default="omniq-demo.db"
+    ),
+    "--delay": _seconds("not before", default=0.0),
+    "--dry-run": _flag("change nothing, show what would be"),
+    "--follow": _flag("wait for more, until Ctrl-C"),
+    "--func": _option("only this function", type=_parse_name),
+    "--grace": _seconds("for running tasks at the end (default: 10)"),
+    "--host": _option(
+        "the address (default: %(default)s)", type=_parse_host, default="127.0.0.1"
+    ),
+    "--json": _flag("print an object a line"),
+    "--kwargs": _option("an object", metavar="JSON", type=_parse_object),
+    "--lease": _seconds(f"of a claim (default: {DEFAULT_LEASE:g})"),
+    "--limit": _count("at the most (default: 100)", default=100),
+    "--log-level": _option(
+        "debug, info, warning or error (default: %(default)s)",
+        metavar="LEVEL",
+        type=str.lower,
+        default="info",
+        choices=["debug", "info", "warning", "error"],
+    ),
+    "--max-attempts": _count("before it has failed (default: 3)"),
+    "--max-tasks": _count("stop after so many"),
+    "--name": _option("of this worker, as others see it"),
+    "--newer-than": _when(f"ended, or else enqueued, since {_AN_INSTANT}"),
+    "--offset": _count("skip the first", type=_parse_offset, default=0),
+    "--older-than": _when(f"ended, or else enqueued, before {_AN_INSTANT}"),
+    "--port": _count("0: any (default: %(default)s)", type=_parse_port, default=8765),
+    "--priority": _count("higher first", type=int),
+    "--processes": _count("child processes"),
+    "--queue": _option("this queue", type=_parse_queue),
+    "--queues": _option("in order of preference", metavar="A,B", type=_parse_queues),
+    "--retry-delay": _seconds("before the first retry (default: 1)"),
+    "--since": _when(_AN_INSTANT),
+    "--status": _option(
+        "only this status: " + ", ".join(TaskStatus),
+        metavar="STATUS",
+        choices=[str(status) for status in TaskStatus],  # else shown as members
+    ),
+    "--task": _option("only this task", metavar="ID"),
+    "--timeout": _seconds("of one attempt (default: none)"),
+    "--type": _option("only this type, such as failed"),
+    "--unique-key": _option("add nothing while a task holds it", metavar="KEY"),
+    "--until": _when(_AN_INSTANT),
+    "--until-empty": _flag("stop when no task is left"),
+    "--watch": _flag("again every second, until Ctrl-C"),
+    "--worker": _option("only this worker", metavar="NAME"),
+    "--workers": _count("processes", default=os.cpu_count() or 1),
 }
 
 _FILTERS = "--queue --status --func --older-than --newer-than"
