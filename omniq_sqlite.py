@@ -11068,7 +11068,7 @@ def _print_event(event: TaskEvent, options: argparse.Namespace) -> None:
 # -- retry, cancel, purge, pause, resume, backup --
 
 _CHANGED_AT_ONCE = 1_000  # tasks in one transaction, so that others get their turn
-_Verb = Callable[[_Change, str], bool]
+_Verb = Callable[[_Change, str], object]  # falsy: it has changed nothing
 
 
 def _run_retry(options: argparse.Namespace) -> int:
@@ -11086,7 +11086,11 @@ def _run_cancel(options: argparse.Namespace) -> int:
     A running one learns of it at its next heartbeat. Name them by id, by filters
     that all hold, or say --all.
     """
-    return _change_tasks(options, _cancel_one, "cancelled", LIVE_STATUSES)
+
+    def cancel(change: _Change, task_id: str) -> int:
+        return _cancel(change, CANCEL, id=task_id)
+
+    return _change_tasks(options, cancel, "cancelled", LIVE_STATUSES)
 
 
 def _run_purge(options: argparse.Namespace) -> int:
@@ -11095,16 +11099,12 @@ def _run_purge(options: argparse.Namespace) -> int:
     Their results and events stay for as long as those are kept. Name them by id, by
     filters that all hold, or say --all.
     """
+
+    def delete(change: _Change, task_id: str) -> list[Row]:
+        return change.rows(DELETE_TASK, id=task_id)
+
     statuses = FINAL_STATUSES if options.status is None else tuple(TaskStatus)
-    return _change_tasks(options, _delete, "deleted", statuses)
-
-
-def _cancel_one(change: _Change, task_id: str) -> bool:
-    return _cancel(change, CANCEL, id=task_id) > 0
-
-
-def _delete(change: _Change, task_id: str) -> bool:
-    return bool(change.rows(DELETE_TASK, id=task_id))
+    return _change_tasks(options, delete, "deleted", statuses)
 
 
 def _filters(
@@ -11141,9 +11141,9 @@ def _change_tasks(
     with _open(options, "queue") as backend:
         refusal = f"not {done}"
         if options.dry_run:
-            verb, refusal = _tried(verb), f"would not be {done}"
-            done = f"would be {done}"
-        changed = list(_change_matching(backend, chosen, verb))
+            refusal, done = f"would not be {done}", f"would be {done}"
+        dry_run = options.dry_run
+        changed = list(_change_matching(backend, chosen, verb, dry_run=dry_run))
         refused = set(options.ids).difference(row[1] for row in changed)
         for task_id in sorted(refused):
             why = _why_refused(backend.queue, task_id, statuses)
@@ -11159,41 +11159,31 @@ def _change_tasks(
 
 
 class _Undone(Exception):
-    """Raised to take back what was tried."""
-
-
-def _tried(verb: _Verb) -> _Verb:
-    """Return what tells whether a task would be changed, and changes nothing."""
-
-    def attempt(change: _Change, task_id: str) -> bool:
-        changed, noted = False, len(change.notes)
-        with contextlib.suppress(_Undone), change.all_or_nothing():
-            changed = verb(change, task_id)
-            raise _Undone
-        del change.notes[noted:]
-        return changed
-
-    return attempt
+    """Takes back what was only tried; `args` is what it came to."""
 
 
 def _change_matching(
-    backend: SQLiteBackend, chosen: dict[str, Any], verb: _Verb
+    backend: SQLiteBackend, chosen: dict[str, Any], verb: _Verb, *, dry_run: bool
 ) -> Iterator[Row]:
     """Change the tasks that match, some in each commit; yield what they were."""
 
     def run(change: _Change) -> tuple[list[Row], list[Row]]:
         rows = change.rows(SELECT_MATCHING, **chosen)
-        return rows, [row for row in rows if apply(change, row[1])]
-
-    def apply(change: _Change, task_id: str) -> bool:
-        try:
-            return verb(change, task_id)
-        except DuplicateTaskError:  # another live task holds its key
-            return False
+        changed = []
+        for row in rows:
+            with contextlib.suppress(DuplicateTaskError):  # another holds its key
+                if verb(change, row[1]):
+                    changed.append(row)
+        if dry_run:
+            raise _Undone(rows, changed)
+        return rows, changed
 
     chosen["limit"] = _CHANGED_AT_ONCE
     while True:
-        rows, changed = backend._run(backend.queue._async._write, run)
+        try:
+            rows, changed = backend._run(backend.queue._async._write, run)
+        except _Undone as undone:
+            rows, changed = undone.args
         yield from changed
         if len(rows) < _CHANGED_AT_ONCE:
             return
