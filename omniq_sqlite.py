@@ -10687,20 +10687,24 @@ def _func_of(details: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class _Running:
+    """A row of `SELECT_RUNNING`."""
+
     id: str
     queue: str
     func: str
     attempts: str
     worker: str | None
-    started_at: datetime | None
-    lease_until: datetime
+    started_at: float | None
+    lease_until: float
     progress: str | None
 
 
 @dataclass(frozen=True, slots=True)
 class _Failure:
+    """A row of `SELECT_FAILED_TASKS` or `SELECT_FAILED_RESULTS`."""
+
     task_id: str
-    at: datetime
+    at: float
     func: str | None
     error: str
 
@@ -10718,6 +10722,9 @@ class _Overview:
     history: _History
 
 
+_Rows = Callable[..., list[Row]]  # executes a statement with its parameters
+
+
 def _look(
     backend: SQLiteBackend,
     since: float,
@@ -10725,22 +10732,22 @@ def _look(
     failed_limit: int = 10,
 ) -> _Overview:
     """Look at a file, what happened in it since an instant, and what failed last."""
-    found = {n for n in ("results", "events") if getattr(backend, n) is not None}
+    failed: dict[str, Any] = {"since": failed_since, "limit": failed_limit}
 
     def look(connection: sqlite3.Connection) -> _Overview:
-        reader = _Reader(connection, found)
+        def rows(statement: str, **terms: object) -> list[Row]:
+            return connection.execute(statement, terms).fetchall()
+
         connection.execute("BEGIN")  # all of it is of one instant
         try:
-            queues, history = _read_stats(connection), reader.history(since)
-            workers = _read("worker", _worker_of, reader.rows(SELECT_WORKERS), _JSON)
-            overdue = reader.rows(SELECT_OVERDUE, before=time.time())
+            history = _read_history(backend, rows, since)
             return _Overview(
                 _now(),
-                queues,
-                workers,
-                reader.running(),
-                sum(count for _, count in overdue),
-                reader.failures(failed_since, failed_limit, history.funcs),
+                _read_stats(connection),
+                _read("worker", _worker_of, rows(SELECT_WORKERS), _JSON),
+                [_Running(*row) for row in rows(SELECT_RUNNING, limit=_RUNNING_LIMIT)],
+                sum(count for _, count in rows(SELECT_OVERDUE, before=time.time())),
+                _read_failures(backend, partial(rows, **failed), history.funcs),
                 history,
             )
         finally:
@@ -10749,60 +10756,32 @@ def _look(
     return backend._run(backend.queue._async._gateway.read, look)
 
 
-class _Reader:
-    """Reads what goes on in a file that has these components beside the queue."""
+def _read_history(backend: SQLiteBackend, rows: _Rows, since: float) -> _History:
+    """Read the past from the events, or else from what the tables say of it."""
+    past = partial(rows, since=since, limit=_PAST_LIMIT)
+    if backend.events is not None and rows(SELECT_LAST_EVENT) != [(0,)]:
+        # In the order of their commits: clocks may have been set.
+        found = sorted(past(SELECT_EVENT_PAST), key=lambda row: row[5])
+        return _History("events", (row[:5] for row in found))
+    found = past(SELECT_TASK_PAST)
+    known = {row[2] for row in found}
+    if backend.results is not None:
+        found += [row for row in past(SELECT_RESULT_PAST) if row[2] not in known]
+    # Of one instant: in the order of a task's life.
+    order = list(EventType).index
+    return _History("tables", sorted(found, key=lambda r: (r[0], order(r[1]))))
 
-    def __init__(self, connection: sqlite3.Connection, found: set[str]) -> None:
-        self.connection = connection
-        self.found = found
 
-    def rows(self, statement: str, **terms: object) -> list[Row]:
-        return self.connection.execute(statement, terms).fetchall()
-
-    def history(self, since: float) -> _History:
-        """Read the past from the events, or else from what the tables say of it."""
-        past = partial(self.rows, since=since, limit=_PAST_LIMIT)
-        if "events" in self.found and self.rows(SELECT_LAST_EVENT) != [(0,)]:
-            # In the order of their commits: clocks may have been set.
-            rows = sorted(past(SELECT_EVENT_PAST), key=lambda row: row[5])
-            return _History("events", (row[:5] for row in rows))
-        rows = past(SELECT_TASK_PAST)
-        known = {row[2] for row in rows}
-        if "results" in self.found:
-            rows += [row for row in past(SELECT_RESULT_PAST) if row[2] not in known]
-        # Of one instant: in the order of a task's life.
-        order = list(EventType).index
-        return _History("tables", sorted(rows, key=lambda r: (r[0], order(r[1]))))
-
-    def running(self) -> list[_Running]:
-        running = []
-        for row in self.rows(SELECT_RUNNING, limit=_RUNNING_LIMIT):
-            task_id, queue, func, attempts, worker, started_at, until, progress = row
-            started, ends = _from_unix(started_at), cast(datetime, _from_unix(until))
-            task = _Running(
-                task_id, queue, func, attempts, worker, started, ends, progress
-            )
-            running.append(task)
-        return running
-
-    def failures(
-        self, since: float, limit: int, funcs: Mapping[str, str]
-    ) -> list[_Failure]:
-        """Read what failed, the last one first: results, and tasks without one."""
-        last = partial(self.rows, since=since, limit=limit)
-        rows = last(SELECT_FAILED_RESULTS) if "results" in self.found else []
-        failed = {row[0]: row for row in rows}
-        failed |= {row[0]: row for row in last(SELECT_FAILED_TASKS)}
-        failures = [
-            _Failure(
-                task_id,
-                cast(datetime, _from_unix(at)),
-                func or funcs.get(task_id),
-                text,
-            )
-            for task_id, at, func, text in failed.values()
-        ]
-        return sorted(failures, key=lambda failure: failure.at, reverse=True)
+def _read_failures(
+    backend: SQLiteBackend, last: _Rows, funcs: Mapping[str, str]
+) -> list[_Failure]:
+    """Read what failed, the last one first: results, and tasks without one."""
+    rows = [] if backend.results is None else last(SELECT_FAILED_RESULTS)
+    failed = {
+        task_id: _Failure(task_id, at, func or funcs.get(task_id), error)
+        for task_id, at, func, error in rows + last(SELECT_FAILED_TASKS)
+    }
+    return sorted(failed.values(), key=lambda failure: failure.at, reverse=True)
 
 
 # -- stats, list, show, events --
@@ -10878,14 +10857,18 @@ def _lines_of_frame(seen: _Overview) -> Iterator[str]:
         yield from _table(headers, [_row_of_running(r, seen.at) for r in seen.running])
     if seen.failures:
         yield ""
-        rows = [(f.task_id, _age_of(f.at), f.func, f.error) for f in seen.failures[:10]]
+        rows = [
+            (f.task_id, _age_of(_from_unix(f.at)), f.func, f.error)
+            for f in seen.failures[:10]
+        ]
         yield from _table(["failed last", "ago", "function", "error"], rows)
 
 
 def _row_of_running(task: _Running, now: datetime) -> list[object]:
-    left = int((task.lease_until - now).total_seconds())
+    left = int(task.lease_until - now.timestamp())
     lease = f"{'' if left > 0 else 'over '}{_show_cell(timedelta(seconds=abs(left)))}"
-    return [task.id, task.func, _age_of(task.started_at), lease, task.worker]
+    age = _age_of(_from_unix(task.started_at))
+    return [task.id, task.func, age, lease, task.worker]
 
 
 def _row_of_queue(stats: QueueStats) -> list[object]:
@@ -11697,7 +11680,7 @@ def _render_running(seen: _Overview) -> _Html:
     rows = []
     for task in seen.running:
         task_id, func, age, lease, worker = _row_of_running(task, seen.at)
-        late = "bad" if task.lease_until < seen.at else ""
+        late = "bad" if task.lease_until < seen.at.timestamp() else ""
         shown = _element("span", lease, class_=late)
         facts = (task.attempts, _progress_of(task), task.queue, worker)
         rows.append((func, age, shown, *facts, _element("code", task_id)))
@@ -11780,7 +11763,7 @@ def _render_group(group: list[_Failure], trace: str | None) -> _Html:
     funcs = ", ".join(sorted({f.func or "?" for f in group}))
     count = _element("strong", f"{len(group):,} \N{MULTIPLICATION SIGN} ")
     summary = _element("summary", count, _shorten(last.error, 300))
-    about = f"In {funcs}; last at {_show_cell(last.at)[:19]}, task "
+    about = f"In {funcs}; last at {_show_cell(_from_unix(last.at))[:19]}, task "
     parts = [_element("p", about, _element("code", last.task_id), class_="quiet")]
     lines = (trace or "").splitlines()
     key = f"failure {_kind_of(last.error)}"
