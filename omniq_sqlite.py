@@ -10146,9 +10146,10 @@ def _print_facts(value: Task | TaskResult) -> None:
             print(f"{name:<14} {shown}")
 
 
-def _print_json(value: Any) -> None:
-    """Print an object on a line, in ASCII, which every terminal and pipe takes."""
-    print(json.dumps(value, default=_as_json))
+def _print_json(values: Iterable[Any]) -> None:
+    """Print an object a line, in ASCII, which every terminal and pipe takes."""
+    for value in values:
+        print(json.dumps(value, default=_as_json))
 
 
 def _as_json(value: Any) -> Any:
@@ -10811,10 +10812,8 @@ def _run_stats(options: argparse.Namespace) -> int:
 
 
 def _print_stats_json(queues: list[QueueStats], workers: list[WorkerInfo]) -> None:
-    for stats in queues:
-        _print_json({"kind": "queue", **_as_json(stats)})
-    for worker in workers:
-        _print_json({"kind": "worker", **_as_json(worker)})
+    _print_json({"kind": "queue"} | _as_json(stats) for stats in queues)
+    _print_json({"kind": "worker"} | _as_json(worker) for worker in workers)
 
 
 def _lines_of_stats(
@@ -10833,7 +10832,7 @@ def _show_frame(backend: SQLiteBackend, options: argparse.Namespace) -> None:
     seen = _look(backend, time.time() - 60.0)
     if options.json:
         _print_stats_json(seen.queues, seen.workers)
-        _print_json({"kind": "minute", "at": seen.at, **seen.history.outcomes()})
+        _print_json([{"kind": "minute", "at": seen.at, **seen.history.outcomes()}])
     else:
         lines = [*_lines_of_frame(seen), ""]
         if sys.stdout.isatty():
@@ -10896,11 +10895,12 @@ def _run_list(options: argparse.Namespace) -> int:
     if not shown:
         return _nothing_found("such tasks", options)
     if options.json:
-        for task in shown:
-            _print_json(task)
+        _print_json(shown)
     else:
-        hidden = {name for name in ("status", "queue") if getattr(options, name)}
-        _print_table(*_rows_of_tasks(shown, hidden))
+        # Blank, and so left out, is what the filters make the same in all of them.
+        same = dict.fromkeys(n for n in ("status", "queue") if getattr(options, n))
+        table = [_row_of_task(task) | same for task in shown]
+        _print_table(list(table[0]), [list(row.values()) for row in table])
     if len(rows) > options.limit:
         _note(f"there are more than {options.limit:,}: see --limit and --offset")
     return 0
@@ -10914,15 +10914,6 @@ def _read_task(backend: SQLiteBackend, row: Row) -> Task | None:
     except SerializationError as error:
         stored = TaskStatus(status)
         return Task(func, queue=queue, id=task_id, status=stored, error=str(error))
-
-
-def _rows_of_tasks(
-    tasks: Sequence[Task], hidden: set[str]
-) -> tuple[list[str], list[list[object]]]:
-    """Return headers and rows of a table, without what is the same in all of them."""
-    rows = list(map(_row_of_task, tasks))
-    headers = [name for name in rows[0] if name not in hidden]
-    return headers, [[row[name] for name in headers] for row in rows]
 
 
 def _row_of_task(task: Task) -> dict[str, object]:
@@ -10948,7 +10939,7 @@ def _run_show(options: argparse.Namespace) -> int:
     if not task and not result and not events:
         return _nothing_found(f"task {options.id!r}", options)
     if options.json:
-        _print_json({"task": task, "result": result, "events": events})
+        _print_json([{"task": task, "result": result, "events": events}])
         return 0
     if task is not None:
         print(_paint("TASK", "bold"))
@@ -10979,13 +10970,13 @@ def _run_check(options: argparse.Namespace) -> int:
         if options.worker is not None:
             return _check_worker(backend.queue.list_workers(), options)
         findings = backend.check()
-    for finding in findings if options.json else ():
-        _print_json(finding)
-    if not options.json:
+    if options.json:
+        _print_json(findings)
+    elif findings:
         rows = [(f.check, f.severity, f.message) for f in findings]
         _print_table(["check", "severity", "message"], rows)
-        if not findings:
-            print("nothing is wrong")
+    else:
+        print("nothing is wrong")
     return 1 if findings else 0
 
 
@@ -10994,9 +10985,9 @@ def _check_worker(workers: Sequence[WorkerInfo], options: argparse.Namespace) ->
     children = re.compile(re.escape(options.worker) + r"(-\d+(\.\d+)?)?")
     ours = [worker for worker in workers if children.fullmatch(worker.name)]
     gone = {worker.name: _why_gone(worker, _now()) for worker in ours}
-    for worker in ours if options.json else ():
-        _print_json(_as_json(worker) | {"gone": gone[worker.name]})
-    if not options.json:
+    if options.json:
+        _print_json(_as_json(w) | {"gone": gone[w.name]} for w in ours)
+    else:
         for name, reason in gone.items():
             print(_printable(f"worker {name!r} {reason or 'lives'}"))
     if not ours:
@@ -11039,7 +11030,7 @@ def _run_events(options: argparse.Namespace) -> int:
 
 def _print_event(event: TaskEvent, options: argparse.Namespace) -> None:
     if options.json:
-        _print_json(event)
+        _print_json([event])
     else:
         kind = _paint(_printable(event.type), _colour_of(event.type))
         facts = (event.queue, event.task_id, event.worker, event.message)
