@@ -7067,23 +7067,25 @@ class SQLiteEventStorage(_Twin[AsyncSQLiteEventStorage]):
         return self._run(self._async.purge, older_than=older_than)
 
 
-class EventFollower:
-    """Yields events as they are logged, by any process; made by `follow()`."""
+class _Stream(Generic[T]):
+    """A blocking iterator over an async one."""
 
-    def __init__(
-        self, storage: SQLiteEventStorage, follower: AsyncEventFollower
-    ) -> None:
+    def __init__(self, storage: _Twin[Any], stream: Any) -> None:
         self._storage = storage
-        self._async = follower
+        self._async = stream
 
     def __iter__(self) -> Self:
         return self
 
-    def __next__(self) -> TaskEvent:
-        event = self._storage._run(self._async._next)
-        if event is None:
+    def __next__(self) -> T:
+        item: T | None = self._storage._run(self._async._next)
+        if item is None:
             raise StopIteration
-        return event
+        return item
+
+
+class EventFollower(_Stream[TaskEvent]):
+    """Yields events as they are logged, by any process; made by `follow()`."""
 
     def close(self) -> None:
         """End the iteration, also one that waits at this moment in another thread."""
@@ -7284,16 +7286,14 @@ class AsyncSQLiteBackend(_AsyncStorage):
         `in_loops`: for event loops, where this one is driven directly.
         """
         shared = _share(self)
-        gateways: dict[int, _Gateway] = {}
-        for name, part in vars(self).items():
-            if in_loops and isinstance(part, _AsyncStorage):
-                database = part._gateway.database
-                new = gateways.setdefault(id(database), _AsyncGateway(database))
-                setattr(shared, name, _share(part))
-                getattr(shared, name)._gateway = new
         if in_loops:
-            database = self._gateway.database
-            shared._gateway = gateways.get(id(database)) or _AsyncGateway(database)
+            gateway_of = functools.cache(_AsyncGateway)
+            shared._gateway = gateway_of(self._gateway.database)
+            for name, part in vars(self).items():
+                if isinstance(part, _AsyncStorage):
+                    copied = _share(part)
+                    copied._gateway = gateway_of(part._gateway.database)
+                    setattr(shared, name, copied)
         return shared
 
     def _shares_file(self) -> bool:
@@ -8148,21 +8148,8 @@ class SQLiteBackend(_Twin[AsyncSQLiteBackend]):
         return self._run(self._async.check)
 
 
-class ResultStream:
+class ResultStream(_Stream[TaskResult]):
     """Yields the results of tasks as they end; made by `wait_all()`."""
-
-    def __init__(self, backend: SQLiteBackend, stream: AsyncResultStream) -> None:
-        self._backend = backend
-        self._async = stream
-
-    def __iter__(self) -> Self:
-        return self
-
-    def __next__(self) -> TaskResult:
-        result = self._backend._run(self._async._next)
-        if result is None:
-            raise StopIteration
-        return result
 
 
 def _twin_of(cls: Any, storage: Any, given: Any) -> Any:
