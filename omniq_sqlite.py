@@ -11327,7 +11327,7 @@ async function refresh() {
   if (!answer.ok) throw Error((await answer.text()).trim());
   const page = new DOMParser().parseFromString(await answer.text(), 'text/html');
   const marked = getSelection();
-  for (const next of page.querySelectorAll('section, .asof')) {
+  for (const next of page.querySelectorAll('section, #asof')) {
     const old = document.getElementById(next.id);
     if (!marked.isCollapsed && old.contains(marked.anchorNode)) continue;
     swap(old, next);
@@ -11375,13 +11375,15 @@ def _element(name: str, *content: object, **attributes: object) -> _Html:
     return _Html(f"<{' '.join(words)}>{_join(content)}</{name}>")
 
 
+def _quiet(*content: object) -> _Html:
+    return _element("p", *content, class_="quiet")
+
+
 def _section(key: str, title: str, *content: object, wide: bool = True) -> _Html:
-    label = f"{key}-title"
-    heading = _element("h2", title, id=label)
-    terms = {"class": "wide"} if wide else {}
-    return _element(
-        "section", heading, *content, id=key, aria_labelledby=label, **terms
-    )
+    heading = _element("h2", title, id=f"{key}-title")
+    terms = {"id": key, "aria-labelledby": f"{key}-title"}
+    terms |= {"class": "wide"} if wide else {}
+    return _element("section", heading, *content, **terms)
 
 
 def _html_table(
@@ -11389,7 +11391,7 @@ def _html_table(
 ) -> _Html:
     """Return a table that scrolls by itself where it is too wide."""
     if not rows:
-        return _element("p", "none", class_="quiet")
+        return _quiet("none")
     kinds = [{"class": "n"} if header[:1] == ">" else {} for header in headers]
     head = [
         _element("th", header.lstrip(">"), scope="col", **kind)
@@ -11428,7 +11430,10 @@ def _chart(
         for part in (1, 0.5, 0)
     ]
     svg = _element("svg", grid, *drawn, role="img", aria_label=f"{key}. {note}", **box)
-    places = list(itertools.starmap(_draw_tick, ticks))
+    plot = _element(
+        "div", _element("div", *scale, aria_hidden="true"), svg, class_="plot"
+    )
+    places = itertools.starmap(_draw_tick, ticks)
     keys = [
         _element("span", _swatch(colour), f" {name}", class_="key")
         for name, colour in series
@@ -11437,17 +11442,12 @@ def _chart(
         (label, *map(_show_count, values)) for label, values in columns if any(values)
     ]
     table = _html_table(f"{key}, numbers", ["", *(f">{n}" for n, _ in series)], rows)
-    numbers = _element(
-        "details", _element("summary", "Numbers"), table, data_key=f"{key}-n"
-    )
     return _element(
         "figure",
-        _element("figcaption", *keys, _element("p", note, class_="quiet")),
-        _element(
-            "div", _element("div", *scale, aria_hidden="true"), svg, class_="plot"
-        ),
+        _element("figcaption", *keys, _quiet(note)),
+        plot,
         _element("div", *places, class_="ticks", aria_hidden="true"),
-        numbers,
+        _element("details", _element("summary", "Numbers"), table, data_key=key),
     )
 
 
@@ -11594,7 +11594,7 @@ _EDGES += [60, 120, 300, 900, 3_600, 14_400, 86_400]  # seconds
 def _chart_times(key: str, seconds: list[float]) -> _Html:
     """Draw how many times lie between any two edges of a scale."""
     if not seconds:
-        return _element("p", "none known", class_="quiet")
+        return _quiet("none known")
     counts = collections.Counter(bisect.bisect_left(_EDGES, s) for s in seconds)
     first, last = min(counts), max(counts)
     edges = ["0", *map(_show_seconds, _EDGES), "more"]
@@ -11664,9 +11664,8 @@ def _render_running(seen: _Overview) -> _Html:
         rows.append((func, age, shown, *facts, _element("code", task_id)))
     headers = "function for lease attempt progress queue worker id".split()
     note = "An overdue lease is handed out again by the next claim from its queue."
-    quiet = _element("p", note, class_="quiet")
     table = _html_table("Running", headers, rows)
-    return _section("running", "Running and leases", table, quiet)
+    return _section("running", "Running and leases", table, _quiet(note))
 
 
 def _progress_of(task: _Running) -> str:
@@ -11722,9 +11721,7 @@ def _render_failures(seen: _Overview, backend: SQLiteBackend) -> _Html:
     rows = backend._run(stored._rows, SELECT_TRACEBACKS, ids=ids) if stored else []
     traces = dict(rows)
     parts = [_render_group(group, traces.get(group[0].task_id)) for group in frequent]
-    if not parts:
-        parts = [_element("p", "none", class_="quiet")]
-    return _section("failures", "Failures by error", *parts)
+    return _section("failures", "Failures by error", *(parts or [_quiet("none")]))
 
 
 _VARYING = re.compile(r"'[^']*'|\"[^\"]*\"|/\S+|\b0x[0-9a-f]+\b|\d+")
@@ -11741,17 +11738,15 @@ def _render_group(group: list[_Failure], trace: str | None) -> _Html:
     funcs = ", ".join(sorted({f.func or "?" for f in group}))
     count = _element("strong", f"{len(group):,} \N{MULTIPLICATION SIGN} ")
     summary = _element("summary", count, _shorten(last.error, 300))
-    about = f"In {funcs}; last at {_show_cell(_from_unix(last.at))[:19]}, task "
-    parts = [_element("p", about, _element("code", last.task_id), class_="quiet")]
-    lines = (trace or "").splitlines()
+    where = f"In {funcs}; last at {_show_cell(_from_unix(last.at))[:19]}, task "
+    about = _quiet(where, _element("code", last.task_id))
     key = f"failure {_kind_of(last.error)}"
-    if lines:
-        text = _Html("\n".join(map(_escape, lines)))
+    shown = _quiet("No traceback was stored.")
+    if trace:
+        text = _Html("\n".join(map(_escape, trace.splitlines())))
         place = {"tabindex": 0, "role": "region", "data-key": f"trace {key}"}
-        parts.append(_element("pre", text, aria_label="Traceback", **place))
-    else:
-        parts.append(_element("p", "No traceback was stored.", class_="quiet"))
-    return _element("details", summary, *parts, data_key=key)
+        shown = _element("pre", text, aria_label="Traceback", **place)
+    return _element("details", summary, about, shown, data_key=key)
 
 
 def _render_health(backend: SQLiteBackend, findings: Sequence[Finding]) -> _Html:
@@ -11763,11 +11758,9 @@ def _render_health(backend: SQLiteBackend, findings: Sequence[Finding]) -> _Html
     if not rows:
         state = _element("p", "check() found nothing wrong.")
     wal = backend._async._gateway.database.wal_bytes()
-    note = f"File {os.path.getsize(backend.path):,} bytes,"
-    note += f" WAL {wal:,} bytes;"
+    note = f"File {os.path.getsize(backend.path):,} bytes, WAL {wal:,} bytes;"
     note += f" SQLite {sqlite3.sqlite_version}, omniq_sqlite {__version__}."
-    about = _element("p", note, class_="quiet")
-    return _section("health", "Health of the file", state, about)
+    return _section("health", "Health of the file", state, _quiet(note))
 
 
 # -- the page --
@@ -11844,8 +11837,7 @@ def _render_header(seen: _Overview, backend: SQLiteBackend, spans: _Spans) -> _H
         text = "No events are logged in this file, so the past is drawn from the tasks"
         text += " and results that are still there: retries, and most of what was"
         text += " deleted, are missing."
-    lines = [_element("p", line, class_="quiet") for line in (where, text)]
-    return _element("div", *lines, id="asof", class_="asof")
+    return _element("div", _quiet(where), _quiet(text), id="asof")
 
 
 def _hash_of_script() -> str:
@@ -12098,7 +12090,8 @@ def _parse_instant(text: str) -> datetime:
 
 def _option(help: str, **terms: Any) -> dict[str, Any]:
     """Return an option in the terms of argparse's `add_argument`."""
-    return {"help": help, **terms}
+    default = " (default: %(default)s)" if terms.get("default") else ""
+    return {"help": help + default, **terms}
 
 
 _flag = partial(_option, action="store_true")
@@ -12124,31 +12117,24 @@ _OPTIONS = {
         default=[],  # without one, an error would call them required
     ),
     "-o": _option(
-        "the page; - for standard output (default: %(default)s)",
-        metavar="PAGE",
-        dest="output",
-        default="report.html",
+        "the page; - for standard output", dest="output", default="report.html"
     ),
     "--all": _flag("without any filter"),
     "--app": _option("the functions", metavar="MODULE:REGISTRY", required=True),
     "--concurrency": _count(f"tasks at once (default: {DEFAULT_CONCURRENCY})"),
-    "--db": _option(
-        "the database (default: %(default)s)", metavar="FILE", default="omniq-demo.db"
-    ),
+    "--db": _option("the database", metavar="FILE", default="omniq-demo.db"),
     "--delay": _seconds("not before", default=0.0),
     "--dry-run": _flag("change nothing, show what would be"),
     "--follow": _flag("wait for more, until Ctrl-C"),
     "--func": _option("only this function", type=_parse_name),
     "--grace": _seconds("for running tasks at the end (default: 10)"),
-    "--host": _option(
-        "the address (default: %(default)s)", type=_parse_host, default="127.0.0.1"
-    ),
+    "--host": _option("the address", type=_parse_host, default="127.0.0.1"),
     "--json": _flag("print an object a line"),
     "--kwargs": _option("an object", metavar="JSON", type=_parse_object),
     "--lease": _seconds(f"of a claim (default: {DEFAULT_LEASE:g})"),
-    "--limit": _count("at the most (default: 100)", default=100),
+    "--limit": _count("at the most", default=100),
     "--log-level": _option(
-        "debug, info, warning or error (default: %(default)s)",
+        "debug, info, warning or error",
         metavar="LEVEL",
         type=str.lower,
         default="info",
@@ -12160,7 +12146,7 @@ _OPTIONS = {
     "--newer-than": _when(f"ended, or else enqueued, since {_AN_INSTANT}"),
     "--offset": _count("skip the first", type=_parse_offset, default=0),
     "--older-than": _when(f"ended, or else enqueued, before {_AN_INSTANT}"),
-    "--port": _count("0: any (default: %(default)s)", type=_parse_port, default=8765),
+    "--port": _count("0: any", type=_parse_port, default=8765),
     "--priority": _count("higher first", type=int),
     "--processes": _count("child processes"),
     "--queue": _option("this queue", type=_parse_queue),
