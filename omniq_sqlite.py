@@ -10793,8 +10793,7 @@ def _run_stats(options: argparse.Namespace) -> int:
     if options.json:
         _print_stats_json(queues, workers)
     else:
-        for line in _lines_of_stats(queues, workers):
-            print(line)
+        print("\n".join(_lines_of_stats(queues, workers)))
     return 0
 
 
@@ -10984,27 +10983,20 @@ def _check_worker(workers: Sequence[WorkerInfo], options: argparse.Namespace) ->
 
 def _run_events(options: argparse.Namespace) -> int:
     """Show the last events; with --follow also what happens from now on."""
-    if "events" not in _components(options.file, *COMPONENT_TABLE):
-        hint = "a backend with events=True keeps them"
-        raise _CommandError(f"no events are kept in {options.file!r}: {hint}")
     if options.follow and options.until is not None:
         raise _CommandError("--until means nothing with --follow, which goes on")
-    filters: dict[str, Any] = {
-        "task_id": options.task,
-        "queue": options.queue,
-        "type": options.type,
-    }
-    with SQLiteEventStorage(options.file) as events:
+    filters = {"task_id": options.task, "queue": options.queue, "type": options.type}
+    period = {"since": options.since, "until": options.until}
+    with _open(options, *COMPONENT_TABLE) as backend:
+        events = backend.events
+        if events is None:
+            hint = "a backend with events=True keeps them"
+            raise _CommandError(f"no events are kept in {options.file!r}: {hint}")
         # It begins before the last ones are read: what is logged between the two
         # is seen twice and shown once.
         following = events.follow() if options.follow else ()
-        last = events.query(
-            **filters,
-            since=options.since,
-            until=options.until,
-            limit=options.limit,
-            newest_first=True,
-        )
+        newest = {"limit": options.limit, "newest_first": True}
+        last = events.query(**filters, **period, **newest)
         for event in reversed(last):
             _print_event(event, options)
         shown = {event.id for event in last}
