@@ -6675,19 +6675,15 @@ class _Twin(Generic[A]):
         self.close()
 
     async def __aenter__(self) -> Self:
-        return await _in_thread(self.__enter__)
+        from anyio import to_thread
+
+        return await to_thread.run_sync(self.__enter__)
 
     async def __aexit__(self, *_: object) -> None:
-        from anyio import CancelScope
+        from anyio import CancelScope, to_thread
 
         with CancelScope(shield=True):  # also where the block was cancelled
-            await _in_thread(self.close)
-
-
-async def _in_thread(call: Callable[[], T]) -> T:
-    from anyio import to_thread
-
-    return await to_thread.run_sync(call)
+            await to_thread.run_sync(self.close)
 
 
 class _Unblocked:
@@ -7556,21 +7552,18 @@ class AsyncSQLiteBackend(_AsyncStorage):
     async def _look(self, task_id: str) -> TaskResult | None:
         """Return the result of a task, unless it lives."""
         task = await self._queue.get_task(task_id)
-        if await self._settle(task):
-            task = await self._queue.get_task(task_id)
+        if task and task.status in LIVE_STATUSES:
+            # Time may have ended it, and nobody else may be there to settle it.
+            ours = self._queue if isinstance(self._queue, AsyncSQLiteQueue) else None
+            if ours is None or not await ours._settle_queue(task.queue):
+                return None
+            task = await ours.get_task(task_id)
         if task and task.status in LIVE_STATUSES:
             return None
         stored = await self._results.get(task_id) if self._results else None
         if task is None and stored is None:
             raise TaskNotFoundError(task_id)
         return _result_of_row(task, stored) if task else stored
-
-    async def _settle(self, task: Task | None) -> bool:
-        """Settle a task that time has ended; nobody else may be there to do it."""
-        ours = self._queue if isinstance(self._queue, AsyncSQLiteQueue) else None
-        if ours is None or task is None or task.status not in LIVE_STATUSES:
-            return False
-        return await ours._settle_queue(task.queue) > 0
 
     def _main_gateway(self) -> _Gateway:
         """Return the gateway of the queue, or of this object for another engine's."""
