@@ -11378,15 +11378,13 @@ def _html_table(
     if not rows:
         return _quiet("none")
     kinds = [{"class": "n"} if header[:1] == ">" else {} for header in headers]
-    head = [
-        _element("th", header.lstrip(">"), scope="col", **kind)
-        for header, kind in zip(headers, kinds, strict=True)
-    ]
-    lines = [_element("tr", *head)]
-    for row in rows:
-        cells = [_element("td", c, **k) for c, k in zip(row, kinds, strict=True)]
-        lines.append(_element("tr", *cells))
-    table = _element("table", *lines)
+
+    def line(name: str, cells: Iterable[object], **terms: object) -> _Html:
+        pairs = zip(cells, kinds, strict=True)
+        return _element("tr", *(_element(name, c, **terms, **k) for c, k in pairs))
+
+    head = line("th", (header.lstrip(">") for header in headers), scope="col")
+    table = _element("table", head, *(line("td", row) for row in rows))
     place = {"class": "scroll", "data-key": key, "tabindex": 0, "role": "region"}
     return _element("div", table, aria_label=key, **place)
 
