@@ -11104,7 +11104,7 @@ def _change_tasks(
     return 1 if refused else 0
 
 
-class _Undone(Exception):
+class _Undone(OmniQError):
     """Takes back what was only tried; `args` is what it came to."""
 
 
@@ -12020,7 +12020,7 @@ def _make_handler(host: str, page: _LivePage) -> Any:
 
 
 def _parse_number(
-    text: str, what: str = "a count", least: int = 1, most: int = 10**18
+    text: str, what: str = "a count", least: int = 1, most: int = 10**9
 ) -> int:
     if not text.isdecimal() or not least <= int(text) <= most:
         rule = f"a number from {least} to {most}"
