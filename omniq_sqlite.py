@@ -3094,6 +3094,7 @@ class _Standstill:
         stood = late > 0 and time.process_time() - self._worked < late / 2
         if stood or offset > self._offset + _CLOCK_SET:
             self.ended_at = now  # first: other threads come here, too
+            self._expected_at = math.inf  # once, should who calls `expect` hang
         self._offset = offset
         return max(0.0, self.ended_at + _TIME_TO_EXTEND - now)
 

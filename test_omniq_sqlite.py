@@ -8643,6 +8643,17 @@ class TestStandstill:
         time.sleep(0.2)
         assert standstill.left()
 
+    def test_a_heartbeat_that_hangs_delays_what_is_due_once(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(omniq_sqlite, "_TIME_TO_EXTEND", 0.1)
+        standstill = omniq_sqlite._Standstill()
+        standstill.expect(time.monotonic())
+        time.sleep(0.1)
+        assert standstill.left()
+        time.sleep(0.15)
+        assert not standstill.left()
+
     @POSIX
     def test_a_forked_child_does_not_take_itself_for_stopped(
         self, run_here: RunHere
