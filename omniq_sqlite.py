@@ -1419,6 +1419,9 @@ INSERT INTO main.omniq_task (
 )
 """
 
+# The same by place, for a row in this order: to find 15 names takes 3 of 9 µs.
+_INSERT_TASK_BY_PLACE = re.sub(r":\w+", "?", INSERT_TASK)
+
 SELECT_KEY_HOLDER = """
 -- enqueue: the live task that holds a key, and whether its time has come
 SELECT seq, id, queue, worker, status, due_at <= :now
@@ -1507,7 +1510,7 @@ RETURNING
 """
 
 # The same for a limit of 1, where SQLite needs no table of the rows to change: a sixth.
-CLAIM_ONE = CLAIM.replace("seq IN (", "seq = (").replace("tasks", "task")
+CLAIM_ONE = CLAIM.replace("seq IN (", "seq = (")
 
 SELECT_CLAIMED_TEXT = """
 -- claim: the text of what was just claimed, of which some is not UTF-8
@@ -2349,7 +2352,7 @@ def _read(
 def _task_parameters(
     task: Task, serializer: Serializer, now: float, delay: float
 ) -> dict[str, Any]:
-    """Return the parameters of `INSERT_TASK`."""
+    """Return the parameters of `INSERT_TASK`, in its order."""
     run_at = _to_unix(task.run_at)
     if delay > 0:
         run_at = max(now + delay, run_at or 0.0)
@@ -5273,7 +5276,7 @@ def _key_holder(change: _Change, queue: str, key: str | None) -> str | None:
 def _insert(change: _Change, row: dict[str, Any]) -> str:
     """Add a task, unless a live one holds its key; return the id that is there."""
     try:
-        change.cursor.execute(INSERT_TASK, row)
+        change.cursor.execute(_INSERT_TASK_BY_PLACE, tuple(row.values()))
     except sqlite3.IntegrityError:
         holder = _key_holder(change, row["queue"], row["unique_key"])
         if holder is not None:
@@ -5293,7 +5296,8 @@ def _insert_many(change: _Change, rows: Sequence[dict[str, Any]]) -> list[str]:
         return [_insert(change, row) for row in rows]
     try:
         with change.all_or_nothing():
-            change.cursor.executemany(INSERT_TASK, rows)
+            values = [tuple(row.values()) for row in rows]
+            change.cursor.executemany(_INSERT_TASK_BY_PLACE, values)
     except sqlite3.IntegrityError:
         return [_insert(change, row) for row in rows]
     for row in rows:
