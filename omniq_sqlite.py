@@ -1448,6 +1448,9 @@ SELECT
 FROM json_each(:queues)
 """
 
+# The same for one queue, without the JSON: half the price.
+LOOK_ONE = LOOK.replace("json_each(:queues)", "(SELECT :queue AS value)")
+
 SELECT_DUE = """
 -- settle: tasks of one queue whose time has come
 SELECT seq, id, queue, worker, status
@@ -5364,8 +5367,11 @@ class _Claim(_Operation[_Claimed]):
         now = self.queue._clock()
         plan: list[tuple[str, bool]] = []
         later: list[float] = []
-        queues = {"queues": _to_json(self.names)}
-        rows = connection.execute(LOOK, queues).fetchall()
+        if len(self.names) == 1:
+            rows = connection.execute(LOOK_ONE, {"queue": self.names[0]}).fetchall()
+        else:
+            queues = {"queues": _to_json(self.names)}
+            rows = connection.execute(LOOK, queues).fetchall()
         found = {name: state for name, *state in rows}
         for name in self.names:
             ready, paused, due_at = found[name]

@@ -1352,6 +1352,7 @@ class TestStatements:
 
 HOT = {
     "LOOK": ["omniq_task_ready", "omniq_task_due"],
+    "LOOK_ONE": ["omniq_task_ready", "omniq_task_due"],
     "SELECT_DUE": ["omniq_task_due"],
     "SETTLE": ["INTEGER PRIMARY KEY"],
     "CLAIM": ["omniq_task_ready", "INTEGER PRIMARY KEY"],
