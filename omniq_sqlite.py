@@ -77,6 +77,7 @@ import itertools
 import json
 import logging
 import math
+import operator
 import os
 import random
 import re
@@ -1419,9 +1420,6 @@ INSERT INTO main.omniq_task (
 )
 """
 
-# The same by place, for a row in this order: to find 15 names takes 3 of 9 µs.
-_INSERT_TASK_BY_PLACE = re.sub(r":\w+", "?", INSERT_TASK)
-
 SELECT_KEY_HOLDER = """
 -- enqueue: the live task that holds a key, and whether its time has come
 SELECT seq, id, queue, worker, status, due_at <= :now
@@ -2355,7 +2353,7 @@ def _read(
 def _task_parameters(
     task: Task, serializer: Serializer, now: float, delay: float
 ) -> dict[str, Any]:
-    """Return the parameters of `INSERT_TASK`, in its order."""
+    """Return the parameters of `INSERT_TASK`."""
     run_at = _to_unix(task.run_at)
     if delay > 0:
         run_at = max(now + delay, run_at or 0.0)
@@ -4992,7 +4990,7 @@ class _AsyncStorage:
         """Execute a statement for all rows in one transaction."""
 
         def run(connection: sqlite3.Connection) -> None:
-            connection.executemany(statement, rows)  # the cursor ends here
+            _write_rows(connection.cursor(), statement, rows)
 
         self._gateway.database.check_open()
         if rows:
@@ -5276,16 +5274,38 @@ def _key_holder(change: _Change, queue: str, key: str | None) -> str | None:
     return None
 
 
+@functools.cache
+def _places(statement: str) -> tuple[str, Callable[[Mapping[str, Any]], Row]]:
+    """Return a statement that takes its parameters by place, and what sorts a row.
+
+    SQLite finds each name by a search: a third of the time that an insert takes.
+    """
+    names = re.findall(r":(\w+)", statement)
+    return re.sub(r":\w+", "?", statement), operator.itemgetter(*names)
+
+
+def _by_place(statement: str, row: Mapping[str, Any]) -> tuple[str, Row]:
+    statement, values_of = _places(statement)
+    return statement, values_of(row)
+
+
+def _write_rows(
+    cursor: sqlite3.Cursor, statement: str, rows: Iterable[Mapping[str, Any]]
+) -> None:
+    statement, values_of = _places(statement)
+    cursor.executemany(statement, map(values_of, rows))
+
+
 def _insert(change: _Change, row: dict[str, Any]) -> str:
     """Add a task, unless a live one holds its key; return the id that is there."""
     try:
-        change.cursor.execute(_INSERT_TASK_BY_PLACE, tuple(row.values()))
+        change.cursor.execute(*_by_place(INSERT_TASK, row))
     except sqlite3.IntegrityError:
         holder = _key_holder(change, row["queue"], row["unique_key"])
         if holder is not None:
             return holder
         try:
-            change.cursor.execute(INSERT_TASK, row)
+            change.cursor.execute(*_by_place(INSERT_TASK, row))
         except sqlite3.IntegrityError as error:
             raise DuplicateTaskError(row["id"]) from error
     task_id: str = row["id"]
@@ -5299,8 +5319,7 @@ def _insert_many(change: _Change, rows: Sequence[dict[str, Any]]) -> list[str]:
         return [_insert(change, row) for row in rows]
     try:
         with change.all_or_nothing():
-            values = [tuple(row.values()) for row in rows]
-            change.cursor.executemany(_INSERT_TASK_BY_PLACE, values)
+            _write_rows(change.cursor, INSERT_TASK, rows)
     except sqlite3.IntegrityError:
         return [_insert(change, row) for row in rows]
     for row in rows:
@@ -5534,7 +5553,7 @@ class AsyncSQLiteQueue(_AsyncStorage):
 
     def _log_inside(self, change: _Change) -> None:
         if self._events_inside and change.notes:
-            change.cursor.executemany(INSERT_EVENT, change.notes)
+            _write_rows(change.cursor, INSERT_EVENT, change.notes)
 
     async def _log_outside(self, notes: Sequence[dict[str, Any]]) -> None:
         """Log what was committed to an event log elsewhere; never fail for it."""
@@ -7172,7 +7191,7 @@ def _result_of_row(task: Task, stored: TaskResult | None) -> TaskResult:
 
 def _store(change: _Change, rows: Sequence[dict[str, Any]]) -> None:
     if rows:  # else there may be no such table
-        change.cursor.executemany(UPSERT_RESULT, rows)
+        _write_rows(change.cursor, UPSERT_RESULT, rows)
 
 
 def _is_here(where: Any, path: str | os.PathLike[str]) -> bool:

@@ -1334,10 +1334,6 @@ class TestStatements:
         else:
             schema.execute("EXPLAIN " + sql, Nothing()).fetchall()
 
-    def test_a_row_has_the_order_of_the_insert(self) -> None:
-        row = omniq_sqlite._task_parameters(Task("f"), omniq_sqlite._JSON, 0.0, 0.0)
-        assert list(row) == re.findall(r":(\w+)", omniq_sqlite.INSERT_TASK)
-
     @pytest.mark.parametrize("name", STATEMENTS)
     def test_each_takes_its_values_by_name_and_stays_on_main(self, name: str) -> None:
         sql = STATEMENTS[name]
