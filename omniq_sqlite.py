@@ -1422,7 +1422,9 @@ INSERT INTO main.omniq_task (
 
 SELECT_KEY_HOLDER = """
 -- enqueue: the live task that holds a key, and whether its time has come
-SELECT seq, id, queue, worker, status, due_at <= :now
+SELECT
+    seq, id, queue, worker, status,
+    due_at <= :now AND (:leases OR status <> 'running')
 FROM main.omniq_task
 WHERE queue = :queue AND unique_key = :unique_key
     AND status IN ('scheduled', 'pending', 'running')
@@ -1440,6 +1442,7 @@ SELECT
         SELECT due_at
         FROM main.omniq_task
         WHERE queue = value AND due_at IS NOT NULL
+            AND (:leases OR status <> 'running')
         ORDER BY due_at
         LIMIT 1
     )
@@ -1453,7 +1456,7 @@ SELECT_DUE = """
 -- settle: tasks of one queue whose time has come
 SELECT seq, id, queue, worker, status
 FROM main.omniq_task
-WHERE queue = :queue AND due_at <= :now
+WHERE queue = :queue AND due_at <= :now AND (:leases OR status <> 'running')
 ORDER BY due_at
 LIMIT :limit
 """
@@ -1691,7 +1694,7 @@ WHERE id = :id
 
 SELECT_LIVE = """
 -- wait: which of these tasks live, and when does time change them?
-SELECT id, due_at
+SELECT id, CASE WHEN :leases OR status <> 'running' THEN due_at ELSE :later END
 FROM main.omniq_task
 WHERE id IN (SELECT value FROM json_each(:ids))
     AND status IN ('scheduled', 'pending', 'running')
@@ -2544,6 +2547,7 @@ _LOOKS_APART = 0.006  # seconds between two looks when others write all the time
 _LOOKS_AT_ONCE = 4  # after some time without any
 _CLOCK_SET = 1.0  # seconds by which the clock is ahead at once: the machine slept
 _TIME_TO_EXTEND = 5.0  # seconds for all holders of leases, after they stood still
+_STOPS_APART = 60.0  # seconds, at least
 
 _NETWORK_FILESYSTEMS = frozenset(
     "9p acfs afp afpfs afs beegfs ceph cifs coda davfs fuse.ceph fuse.cephfs"
@@ -3016,7 +3020,7 @@ class _Bell:
         """Look once for a commit of another connection and for due waiters."""
         try:
             changed = not self.database.memory and self._version_moved()
-            now = -math.inf if _standstill.left() else self.database.options.clock()
+            now = self.database.options.clock()
         except Exception as error:
             if _is_alien(error):
                 raise
@@ -3074,8 +3078,8 @@ class _Bell:
 class _Standstill:
     """Notices that this process stood still: a laptop that slept, a Ctrl-Z.
 
-    Then leases look over whose holders stood still as well. Nothing is settled for
-    a moment, in which they go on and extend them; else their tasks would run twice.
+    Then leases look over whose holders stood still as well. So for a moment no lease
+    is ended by its time, and they extend them; else their tasks would run twice.
     """
 
     def __init__(self) -> None:
@@ -3083,10 +3087,10 @@ class _Standstill:
 
     def reset(self) -> None:
         """Forget all; in a forked child nobody calls `expect` yet."""
-        self._offset = time.time() - time.monotonic()
+        self._asleep = time.time() - time.monotonic()
         self._expected_at = math.inf
         self._worked = 0.0  # seconds on a processor
-        self.ended_at = -math.inf  # monotonic, as all but the time of day
+        self.ended_at = -math.inf  # monotonic
 
     def expect(self, at: float) -> None:
         """Say when this is called again at the latest, unless the process stops."""
@@ -3094,17 +3098,26 @@ class _Standstill:
         self._expected_at = at
 
     def left(self) -> float:
-        """Return the seconds for which nothing is to be settled; mostly 0."""
+        """Return the seconds for which leases are spared; mostly 0."""
         now = time.monotonic()
-        offset = time.time() - now  # Linux and macOS count no sleep as monotonic time
-        late = now - self._expected_at
-        # Where a function in C kept the interpreter for itself, it was at work.
-        stood = late > 0 and time.process_time() - self._worked < late / 2
-        if stood or offset > self._offset + _CLOCK_SET:
+        # On Linux and macOS the monotonic time does not go on while a machine sleeps.
+        asleep = time.time() - now
+        if asleep > self._asleep + _CLOCK_SET:  # or another thread ran between the two
+            asleep = time.time() - time.monotonic()
+        if asleep > self._asleep + _CLOCK_SET or self._was_stopped(now):
             self.ended_at = now  # first: other threads come here, too
-            self._expected_at = math.inf  # once, should who calls `expect` hang
-        self._offset = offset
+        self._asleep = asleep
         return max(0.0, self.ended_at + _TIME_TO_EXTEND - now)
+
+    def _was_stopped(self, now: float) -> bool:
+        # Functions in C may keep the interpreter for themselves, one after the other:
+        # those that compute are no stop, and those that wait are one, now and then.
+        late = now - self._expected_at
+        return (
+            late > 0
+            and now > self.ended_at + _STOPS_APART
+            and time.process_time() - self._worked < late / 2
+        )
 
 
 _standstill = _Standstill()
@@ -3239,7 +3252,7 @@ class _Database:
         """Return the seconds to wait for until a timeout or a time on the clock."""
         if due is None:
             return math.inf if timeout is None else timeout
-        left = max(_FIRST_LOOK, due - self.options.clock(), _standstill.left())
+        left = max(_FIRST_LOOK, due - self.options.clock())
         return left if timeout is None else min(timeout, left)
 
     @staticmethod
@@ -5265,10 +5278,9 @@ def _key_holder(change: _Change, queue: str, key: str | None) -> str | None:
     if key is None:
         return None
     for _ in range(2):
-        for *task, is_due in change.rows(
-            SELECT_KEY_HOLDER, queue=queue, unique_key=key
-        ):
-            if not is_due or _standstill.left():
+        terms = {"unique_key": key, "leases": not _standstill.left()}
+        for *task, is_due in change.rows(SELECT_KEY_HOLDER, queue=queue, **terms):
+            if not is_due:
                 return _text(task[1])
             _settle(change, [tuple(task)])
     return None
@@ -5386,15 +5398,20 @@ class _Claim(_Operation[_Claimed]):
         now = self.queue._clock()
         plan: list[tuple[str, bool]] = []
         later: list[float] = []
+        spared = _standstill.left()
+        terms: dict[str, object] = {"leases": not spared}
         if len(self.names) == 1:
-            rows = connection.execute(LOOK_ONE, {"queue": self.names[0]}).fetchall()
+            terms["queue"] = self.names[0]
+            rows = connection.execute(LOOK_ONE, terms).fetchall()
         else:
-            queues = {"queues": _to_json(self.names)}
-            rows = connection.execute(LOOK, queues).fetchall()
+            terms["queues"] = _to_json(self.names)
+            rows = connection.execute(LOOK, terms).fetchall()
+        if spared:
+            later.append(now + spared)
         found = {name: state for name, *state in rows}
         for name in self.names:
             ready, paused, due_at = found[name]
-            due = due_at is not None and due_at <= now and not _standstill.left()
+            due = due_at is not None and due_at <= now
             if not paused and (ready or due):
                 plan.append((name, due))
             elif not paused and due_at is not None:
@@ -5479,10 +5496,9 @@ def _from_utf_8(stored: object, otherwise: str | None = None) -> object:
 
 def _settle_due(change: _Change, queue: str) -> int:
     """Settle what is due in a queue, a bounded number; return how many."""
-    if _standstill.left():
-        return 0
+    terms = {"queue": queue, "leases": not _standstill.left()}
     with _undecoded(change.cursor.connection):
-        due = change.rows(SELECT_DUE, queue=queue, limit=_SETTLE_LIMIT)
+        due = change.rows(SELECT_DUE, limit=_SETTLE_LIMIT, **terms)
         return _settle(change, due)
 
 
@@ -7579,7 +7595,10 @@ class AsyncSQLiteBackend(_AsyncStorage):
     async def _live(self, ids: Iterable[str]) -> dict[str, float]:
         """Return which tasks live, and when time changes each."""
         if isinstance(self._queue, AsyncSQLiteQueue):
-            rows = await self._queue._rows(SELECT_LIVE, ids=_wanted_ids(ids))
+            spared = _standstill.left()
+            later = self._queue._clock() + spared
+            terms = {"ids": _wanted_ids(ids), "leases": not spared, "later": later}
+            rows = await self._queue._rows(SELECT_LIVE, **terms)
             return {task_id: math.inf if due is None else due for task_id, due in rows}
         tasks = [await self._queue.get_task(task_id) for task_id in ids]
         return {t.id: math.inf for t in tasks if t and t.status in LIVE_STATUSES}
@@ -8239,7 +8258,8 @@ _LAST_WRITES = 1.0  # seconds for outcomes to be written after the grace has pas
 _QUICK_DEATH = 10.0  # seconds: a child that fails sooner is replaced ever more slowly
 _LONGEST_PAUSE = 5.0  # seconds between two tries
 _LONGEST_BEAT = 20.0  # seconds between two heartbeats: they also show that one lives
-_LONGEST_TICK = 1.0  # seconds until the heartbeat looks what there is to do
+_TICK = 0.1  # seconds until the heartbeat looks whether the machine slept
+_IDLE_TICK = 1.0  # while nothing runs
 
 _AnyContext = AbstractContextManager[Any] | AbstractAsyncContextManager[Any]
 
@@ -8278,7 +8298,7 @@ class TaskFunction(Generic[P, T]):
             self.__dict__.pop(taken, None)
         self.function = function
         self.name = name
-        calls = function, getattr(function, "__call__", None)  # noqa: B004
+        calls = function, type(function).__call__
         self.is_async = any(map(inspect.iscoroutinefunction, calls))
         self._options = options
         self._signature = inspect.signature(function)
@@ -8785,9 +8805,9 @@ class _Heartbeat:
         self._look_at = math.inf
         self._woken.clear()
         now = time.monotonic()
-        next_at = now + min(self.interval, _LONGEST_TICK)
+        next_at = now + min(self.interval, _TICK if self._runs else _IDLE_TICK)
         _standstill.left()
-        _standstill.expect(next_at + max(self.interval, _LONGEST_TICK))
+        _standstill.expect(next_at + max(self.interval, _IDLE_TICK))
         for run in tuple(self._runs):
             if run.extended_at < _standstill.ended_at and run.extend_at < math.inf:
                 run.extend_at = now
@@ -8821,7 +8841,8 @@ class _Heartbeat:
         job.add_done_callback(self._jobs.discard)
 
     async def _extend(self, run: _Run) -> None:
-        sent, now = run.progress, time.monotonic()
+        sent = run.progress
+        run.extended_at = now = time.monotonic()  # or tried to
         extend = self._backend.queue.extend
         try:
             await extend(run.task, self._worker.lease, progress=sent)
@@ -8833,7 +8854,6 @@ class _Heartbeat:
             self._shift.warn(run, "cannot be extended: %s", error)
             run.extend_at = time.monotonic() + min(1.0, self.interval / 3)
         else:
-            run.extended_at = now
             wait = self.interval if run.progress is sent else _PROGRESS_INTERVAL
             run.extend_at = now + min(self.interval, wait)
         self._woken.set()
@@ -9141,7 +9161,7 @@ class _Shift:
             await self._until(lambda: not self._runs or self._free > free, 0.05)
             return []
         began = time.monotonic()
-        if await self._is_empty():
+        if not _standstill.left() and await self._is_empty():
             return None
         took = time.monotonic() - began  # it counts all there is
         return await self._dequeue_within(max(0.5, 4 * took))

@@ -8625,6 +8625,68 @@ class TestStandstill:
         assert await call(queue.dequeue, timeout=0.5) is None
         assert looks <= 5
 
+    async def test_what_is_no_lease_is_settled_at_once(
+        self, queue: Any, clock: SleepingMachine
+    ) -> None:
+        await call(queue.enqueue, Task("running"))
+        await claim(queue)
+        delayed = await call(queue.enqueue, Task("delayed"), delay=60)
+        soon = datetime.fromtimestamp(clock(), UTC) + timedelta(seconds=60)
+        old = await call(queue.enqueue, Task("f", expires_at=soon, unique_key="k"))
+        clock.sleep(3_600)
+        new = await call(queue.enqueue, Task("f", unique_key="k"))
+        assert new != old
+        assert {(await claim(queue)).id for _ in range(2)} == {delayed, new}
+        assert await call(queue.dequeue) is None
+
+    async def test_who_waits_for_results_does_not_spin(
+        self, api: Api, clock: SleepingMachine, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(omniq_sqlite, "_TIME_TO_EXTEND", DEADLINE)
+        backend = api.backend(clock=clock)
+        await call(backend.enqueue, Task("f", id="a1"))
+        await claim(backend.queue)
+        clock.sleep(3_600)
+        began = time.process_time()
+        with pytest.raises(TimeoutError):
+            await call(backend.result, "a1", timeout=1.0)
+        assert time.process_time() - began < 0.5
+
+    def test_a_worker_until_empty_awaits_its_end(
+        self, path: str, clock: SleepingMachine
+    ) -> None:
+        tasks = TaskRegistry()
+        plain = tasks.register(thumbnail)
+        with SQLiteBackend(path, clock=clock) as backend:
+            task_id = backend.enqueue(plain.task("a"))
+            backend.queue.dequeue()
+            clock.sleep(3_600)
+            Worker(backend, tasks).run(until_empty=True, signals=False)
+            assert backend.result(task_id, timeout=0).attempt == 2
+
+    async def test_a_heartbeat_that_fails_then_does_not_spin(
+        self, clock: SleepingMachine, path: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(omniq_sqlite, "_TIME_TO_EXTEND", 2.0)
+        tasks = TaskRegistry()
+        tries = 0
+
+        async def extend(*_: Any, **__: Any) -> Task:
+            nonlocal tries
+            tries += 1
+            raise omniq_sqlite.DatabaseFullError(path)
+
+        @tasks.register
+        async def long() -> None:
+            clock.sleep(3_600)
+            await asyncio.sleep(1.0)
+
+        monkeypatch.setattr(omniq_sqlite.AsyncSQLiteQueue, "extend", extend)
+        async with AsyncSQLiteBackend(path, clock=clock) as backend:
+            await backend.enqueue(long.task())
+            await AsyncWorker(backend, tasks, lease=60).run(until_empty=True)
+        assert 1 <= tries <= 3
+
     async def test_a_key_is_still_held(
         self, queue: Any, clock: SleepingMachine
     ) -> None:
@@ -8645,16 +8707,17 @@ class TestStandstill:
         time.sleep(0.2)
         assert standstill.left()
 
-    def test_a_heartbeat_that_hangs_delays_what_is_due_once(
+    def test_functions_that_keep_it_and_wait_are_one_now_and_then(
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(omniq_sqlite, "_TIME_TO_EXTEND", 0.1)
         standstill = omniq_sqlite._Standstill()
-        standstill.expect(time.monotonic())
-        time.sleep(0.1)
-        assert standstill.left()
-        time.sleep(0.15)
-        assert not standstill.left()
+        found = []
+        for _ in range(2):
+            standstill.expect(time.monotonic())
+            time.sleep(0.2)
+            found.append(standstill.left() > 0)
+        assert found == [True, False]
 
     @POSIX
     def test_a_forked_child_does_not_take_itself_for_stopped(
