@@ -2970,7 +2970,8 @@ class _Bell:
     def reset(self) -> None:
         """Forget all waiters; in a forked child they are threads of the parent."""
         self.lock = threading.RLock()  # the collector may close a waiter in here
-        self.waiters: set[_Waiter] = set()
+        # What wakes each waiter, and the time on the clock when that is due.
+        self.waiters: dict[Callable[[], object], float | None] = {}
         self.generation = 0
         self.version: tuple[sqlite3.Connection | None, int] = (None, 0)
         self.polled = False  # whether somebody polls
@@ -2980,17 +2981,19 @@ class _Bell:
             self.wal.close()  # the stack of a lost thread may refer to it for ever
             self.wal = None
 
-    def register(self, waiter: _Waiter, seen: int) -> bool:
+    def register(
+        self, wake: Callable[[], object], due: float | None, seen: int
+    ) -> bool:
         """Add a waiter unless something happened since `seen`."""
         with self.lock:
             if self.generation != seen:
                 return False
-            self.waiters.add(waiter)
+            self.waiters[wake] = due
             return True
 
-    def unregister(self, waiter: _Waiter) -> None:
+    def unregister(self, wake: Callable[[], object]) -> None:
         with self.lock:
-            self.waiters.discard(waiter)
+            self.waiters.pop(wake, None)
 
     def take_over(self) -> bool:
         """Become the one that polls; `False` if somebody does."""
@@ -3012,9 +3015,9 @@ class _Bell:
         """Wake everybody: something was committed."""
         with self.lock:
             self.generation += 1
-            woken, self.waiters = self.waiters, set()
-        for waiter in woken:
-            waiter.wake()
+            woken, self.waiters = self.waiters, {}
+        for wake in woken:
+            wake()
 
     def poll(self) -> None:
         """Look once for a commit of another connection and for due waiters."""
@@ -3030,10 +3033,12 @@ class _Bell:
             self.ring()
             return
         with self.lock:
-            due = [w for w in self.waiters if w.due is not None and w.due <= now]
-            self.waiters.difference_update(due)
-        for waiter in due:
-            waiter.wake()
+            waiters = self.waiters.items()
+            woken = [wake for wake, due in waiters if due is not None and due <= now]
+            for wake in woken:
+                del self.waiters[wake]
+        for wake in woken:
+            wake()
 
     def _version_moved(self) -> bool:
         # The first look at a connection has nothing to compare with, so it counts
@@ -3121,16 +3126,6 @@ class _Standstill:
 
 
 _standstill = _Standstill()
-
-
-class _Waiter:
-    """Somebody who waits for a commit, or until the clock says `due`."""
-
-    __slots__ = ("due", "wake")
-
-    def __init__(self, due: float | None, wake: Callable[[], object]) -> None:
-        self.due = due
-        self.wake = wake
 
 
 _FORKED = "the process was forked inside an operation"
@@ -4484,17 +4479,16 @@ class _DirectGateway:
         return early: look again. Read `seen` (`bell.generation`) before looking.
         """
         woken = _Latch()
-        waiter = _Waiter(due, woken)
         patience = min(_LOST_WAKE, self.database.patience(timeout, due))
         bell = self.database.bell
-        if not bell.register(waiter, seen):
+        if not bell.register(woken, due, seen):
             return
         polls = False
         try:
             polls = bell.take_over()
             self._wait(woken, patience, polls=polls)
         finally:
-            bell.unregister(waiter)
+            bell.unregister(woken)
             if polls:
                 bell.hand_over()
 
@@ -4708,13 +4702,13 @@ class _AsyncGateway:
     ) -> None:
         loop = _running_loop()
         future: asyncio.Future[None] = loop.create_future()
-        waiter = _Waiter(due, partial(_call_soon, loop, _set_result, future, None))
+        wake = partial(_call_soon, loop, _set_result, future, None)
         bell = self.database.bell
         self.database.check_open()
         patience = self.database.patience(timeout, due)
         if self.database.memory and due is not None:
             patience = min(patience, POLL_INTERVAL)  # the clock may be moved
-        if not bell.register(waiter, seen):
+        if not bell.register(wake, due, seen):
             return
         timer = None
         try:
@@ -4726,7 +4720,7 @@ class _AsyncGateway:
         finally:
             if timer is not None:
                 timer.cancel()
-            bell.unregister(waiter)
+            bell.unregister(wake)
 
     def _start_watching(self) -> None:
         with self.database.gate:

@@ -3945,8 +3945,8 @@ class TestWaking:
             bell = database_of(queue).bell
             woken: list[str] = []
             for name in ("leaving", "staying"):
-                waiter = omniq_sqlite._Waiter(None, partial(woken.append, name))
-                assert bell.register(waiter, bell.generation)
+                wake = partial(woken.append, name)
+                assert bell.register(wake, None, bell.generation)
             assert bell.take_over()
             assert not bell.take_over()
             bell.hand_over()
@@ -3958,8 +3958,7 @@ class TestWaking:
             bell = database_of(queue).bell
             seen = bell.generation
             queue.enqueue(Task("f"))
-            waiter = omniq_sqlite._Waiter(None, nothing)
-            assert not bell.register(waiter, seen)
+            assert not bell.register(nothing, None, seen)
 
     async def test_a_clock_that_moves_is_seen_in_memory_too(self) -> None:
         now = [1e9]
