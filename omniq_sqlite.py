@@ -4146,7 +4146,9 @@ def _after_fork_in_child() -> None:
     _shields.clear()
     current = _interrupts
     if current is not None and current.thread != threading.get_ident():
-        current.drop()  # the call of a main thread that is not here
+        # The call of a main thread that is not here; what came was meant for that.
+        current.pending = False
+        current.restore()
 
 
 if hasattr(os, "register_at_fork"):
@@ -4245,11 +4247,6 @@ class _Interrupts:
         if self.pending:
             self.pending = False
             self.previous(signal.SIGINT, None)
-
-    def drop(self) -> None:
-        """In a forked child: what came was meant for the parent."""
-        self.pending = False
-        self.restore()
 
     def restore(self) -> None:
         global _interrupts  # noqa: PLW0603 -- as above
@@ -4844,8 +4841,7 @@ class _LoopCall(Generic[T]):
         """Return the outcome; in the waiting thread, under `_shielded`."""
         _call_soon(self._loop, self._begin)
         try:
-            while not self._ended.wait(_INTERRUPT_INTERVAL):
-                self._check_loop()
+            while not (self._ended.wait(_INTERRUPT_INTERVAL) or self._loop.is_closed()):
                 _check_interrupts()
         except BaseException:
             _call_soon(self._loop, self._cancel)
@@ -4854,14 +4850,9 @@ class _LoopCall(Generic[T]):
             raise
         finally:
             _undo[threading.get_ident()] = self.undo
-        assert self._job is not None
-        if self._job.cancelled():
-            raise StorageClosedError(self._path, _LOOP_ENDED)
+        if self._job is None or not self._job.done() or self._job.cancelled():
+            raise StorageClosedError(self._path, "its event loop has ended")
         return self._job.result()
-
-    def _check_loop(self) -> None:
-        if self._loop.is_closed():
-            raise StorageClosedError(self._path, _LOOP_ENDED)
 
     # In the loop.
 
@@ -4876,9 +4867,6 @@ class _LoopCall(Generic[T]):
     def _cancel(self) -> None:
         if self._job is not None:
             self._job.cancel()
-
-
-_LOOP_ENDED = "its event loop has ended"
 
 
 class _Arrival:
