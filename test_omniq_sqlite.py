@@ -5834,14 +5834,16 @@ class TestThrownExceptions:
             queue.enqueue(Task("f", queue="kept"))
             stop, counts, errors = threading.Event(), [0] * 4, []
             thrown, caught, ready = [0] * 4, [0] * 4, [False] * 4
+            def enqueue(number):  # a loop's jump back may be outside of a `try`
+                ready[number] = True  # from here on one is caught
+                while not stop.is_set():
+                    queue.enqueue(Task("f"))
+                    counts[number] += 1
+                    sum(range(20_000))  # where one may be hit
             def hammer(number):
                 while not stop.is_set():
                     try:
-                        ready[number] = True  # from here on one is caught
-                        while not stop.is_set():
-                            queue.enqueue(Task("f"))
-                            counts[number] += 1
-                            sum(range(20_000))  # where one may be hit
+                        enqueue(number)
                     except Thrown:
                         ready[number] = False
                         caught[number] += 1
