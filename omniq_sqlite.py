@@ -5272,13 +5272,14 @@ def _key_holder(change: _Change, queue: str, key: str | None) -> str | None:
 def _places(statement: str) -> tuple[str, Callable[[Mapping[str, Any]], Row]]:
     """Return a statement that takes its parameters by place, and what sorts a row.
 
-    SQLite finds each name by a search: a third of the time that an insert takes.
+    By name, `sqlite3` looks each one up again for each row: a third of an insert.
     """
     names = re.findall(r":(\w+)", statement)
     return re.sub(r":\w+", "?", statement), operator.itemgetter(*names)
 
 
 def _by_place(statement: str, row: Mapping[str, Any]) -> tuple[str, Row]:
+    """Return what `execute` takes."""
     statement, values_of = _places(statement)
     return statement, values_of(row)
 
@@ -5286,6 +5287,7 @@ def _by_place(statement: str, row: Mapping[str, Any]) -> tuple[str, Row]:
 def _write_rows(
     cursor: sqlite3.Cursor, statement: str, rows: Iterable[Mapping[str, Any]]
 ) -> None:
+    """Execute a statement for each row."""
     statement, values_of = _places(statement)
     cursor.executemany(statement, map(values_of, rows))
 
